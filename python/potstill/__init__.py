@@ -1,0 +1,50 @@
+"""potstill: LLM distillation that is cheap to run.
+
+Names are imported on first use, so that `import potstill` costs nothing and tools that need no torch never load it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from potstill import cache, capture, divergences, integrations
+    from potstill.losses import DistillLoss, LinearDistillLoss, distill_loss, linear_distill_loss
+    from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, TopK
+    from potstill.topk import linear_topk, topk
+
+_NAMES = {
+    "DistillLoss": "losses",
+    "LinearDistillLoss": "losses",
+    "distill_loss": "losses",
+    "linear_distill_loss": "losses",
+    "Head": "teachers",
+    "HiddenTeacher": "teachers",
+    "LogitsTeacher": "teachers",
+    "TopK": "teachers",
+    "linear_topk": "topk",
+    "topk": "topk",
+}
+_MODULES = ("cache", "capture", "divergences", "integrations")
+
+__all__ = [
+    "DistillLoss", "Head", "HiddenTeacher", "LinearDistillLoss", "LogitsTeacher", "TopK", "cache", "capture",
+    "distill_loss", "divergences", "integrations", "linear_distill_loss", "linear_topk", "topk",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"potstill.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'potstill' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"potstill.{_NAMES[name]}"), name)
+    globals()[name] = value  # also keeps the function `topk` in front of the submodule of that name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
