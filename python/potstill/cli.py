@@ -1,0 +1,157 @@
+"""The `potstill` command: a table of subcommands, each imported when called; `--help` never imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from potstill import __version__
+
+# name -> (module:attribute, one line for --help); the order is the order of a project
+COMMANDS = {
+    "build": ("potstill.capture.command:build", "Write a teacher's top-k log-probabilities over a corpus."),
+    "inspect": ("potstill.cli:inspect", "Say what a cache holds."),
+    "verify": ("potstill.cli:verify", "Check every byte of a cache; exit 1 when something is wrong."),
+    "recover": ("potstill.cli:recover", "Keep what is whole of a damaged or interrupted cache."),
+    "demo": ("potstill.demo.command:demo", "Distil a small model from a cache and report what was gained."),
+    "doctor": ("potstill.cli:doctor", "Say what was built, what the machine has, which kernels serve it."),
+}
+# what an optional import is missing from
+EXTRAS = {
+    "accelerate": "hf",
+    "datasets": "arrow",
+    "gguf": "hf",
+    "matplotlib": "bench",
+    "obstore": "remote",
+    "pyarrow": "arrow",
+    "ray": "ray",
+    "transformers": "hf",
+    "trl": "trl",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists COMMANDS without importing them and turns the library's errors into one line on stderr."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise missing(error) from error
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+def missing(error: ModuleNotFoundError) -> click.ClickException:
+    """The error of a missing optional package, naming the extra that brings it; any other is raised as it is."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        raise error
+    return click.ClickException(f"this needs {package}: pip install 'potstill[{EXTRAS[package]}]'")
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="potstill")
+def main() -> None:
+    """LLM distillation that is cheap to run: teacher caches, fused losses."""
+
+
+CACHE = click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def show(facts: dict[str, Any], as_json: bool) -> None:
+    """A dict as JSON or as aligned lines."""
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, default=str))
+        return
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        if isinstance(value, float):
+            value = f"{value:,.2f}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = f"{value:,}"
+        elif isinstance(value, dict):
+            value = ", ".join(f"{k}={v}" for k, v in value.items())
+        click.echo(f"{name.replace('_', ' '):<{width}}  {value}")
+
+
+@click.command()
+@CACHE
+@AS_JSON
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what the cache in the folder PATH holds: its spec, sequences, tokens, bytes a token."""
+    from potstill.cache import tools
+
+    show(tools.inspect_cache(path), as_json)
+
+
+@click.command()
+@CACHE
+@AS_JSON
+def verify(path: Path, as_json: bool) -> None:
+    """Check every checksum and bound of the cache in the folder PATH. Exit 1 when something is wrong."""
+    from potstill.cache import tools
+
+    report = tools.verify_cache(path)
+    problems = [str(problem) for problem in report.problems]
+    facts = {"sequences": report.sequences, "tokens": report.tokens, "bytes": report.bytes}
+    if as_json:
+        show({"ok": report.ok, **facts, "problems": problems}, True)
+    else:
+        for problem in problems:
+            click.echo(problem, err=True)
+        sums = ", ".join(f"{value:,} {name}" for name, value in facts.items())
+        click.echo(
+            f"whole: {sums}" if report.ok else f"damaged: {len(problems)} problem(s) in {sums}",
+            err=not report.ok,
+        )
+    sys.exit(0 if report.ok else 1)
+
+
+@click.command()
+@CACHE
+@AS_JSON
+def recover(path: Path, as_json: bool) -> None:
+    """Keep what is whole of the cache in the folder PATH and say what was lost; a build can go on then."""
+    from potstill.cache import tools
+
+    show(tools.recover_cache(path), as_json)
+
+
+@click.command()
+@AS_JSON
+def doctor(as_json: bool) -> None:
+    """Say what was built, what this machine has, and what each backend says to a CPU and to a CUDA tensor.
+
+    Exit 1 when an extension is missing that the package needs, or when an op has no backend.
+    """
+    from potstill import doctor as check
+
+    sys.exit(check.report(as_json))
+
+
+if __name__ == "__main__":
+    main()
