@@ -65,7 +65,7 @@ class LazyGroup(click.Group):
 
 
 def missing(error: ModuleNotFoundError) -> click.ClickException:
-    """The error of a missing optional package, naming the extra that brings it; any other is raised as it is."""
+    """What to say of a missing optional package: the extra that brings it. Any other is raised as it is."""
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:
         raise error
