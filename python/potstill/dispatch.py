@@ -21,13 +21,14 @@ BACKEND_MODULES = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a backend is told about a call: the op's name, the device, the logits' dtype, and columns."""
+    """What a backend is told about a call; a `divergence` of None means none in particular."""
 
     op: str
     device: torch.device
     dtype: torch.dtype
     columns: int = 0
     k: int = 0
+    divergence: str | None = None
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def sparse_rows(
     lq_all = torch.log_softmax(zs / spec.temperature, -1)
     lq = torch.where(given, lq_all.gather(1, columns), NEG_INF)
     if spec.tail == "renormalize":
-        lq = lq - lq.logsumexp(-1, keepdim=True)
+        total = lq.logsumexp(-1, keepdim=True)
+        lq = lq - torch.where(total == NEG_INF, 0.0, total)  # a row without entries stays empty
     inside = torch.zeros(len(zs), zs.shape[1] + 1, dtype=torch.bool, device=zs.device)
     inside = inside.scatter_(1, torch.where(given, columns, zs.shape[1]), True)[:, :-1]
     if spec.tail == "bucket":
@@ -110,3 +111,13 @@ def sparse_rows(
         dz = dz.scatter_add_(1, columns, slope[:, : ids.shape[1]])
     lq1 = lq_all if spec.temperature == 1 else torch.log_softmax(zs, -1)
     return _finish(out, dz / spec.temperature, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
+
+
+@register("topk", "torch", rank=0, refuses=serves_all)
+def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [R, V] -> (ids [R, k] int32, log_probs [R, k], log_rest [R], lse [R]); order and NaN as potstill.topk says."""
+    z = apply_side(logits, side)[0]
+    values, ids = z.sort(-1, descending=True, stable=True)
+    lse = z.logsumexp(-1)
+    rest = values[:, k:].logsumexp(-1) if k < values.shape[1] else torch.full_like(lse, NEG_INF)
+    return ids[:, :k].int(), values[:, :k] - lse[:, None], rest - lse, lse

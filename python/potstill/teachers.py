@@ -1,0 +1,178 @@
+"""The nouns of the three flows: Head, and the forms a teacher can take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.rows import Side
+
+
+def _side(vocab_size: int, logit_scale: float, softcap: float | None) -> Side:
+    return Side(vocab_size, float(logit_scale), float(softcap or 0.0))
+
+
+def _check_vocab_size(vocab_size: int | None, columns: int, what: str) -> int:
+    if vocab_size is None:
+        return columns
+    if not 1 <= vocab_size <= columns:
+        raise ValueError(f"vocab_size={vocab_size} is outside 1..{columns}, the columns of {what}")
+    return int(vocab_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The output projection of a language model: hidden states to logits.
+
+    weight: [V, D] floating point.  bias: [V] or None.
+    logit_scale multiplies the projection, then softcap (if given) bounds it:
+    `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`.
+    vocab_size: entries from this row on are padding of the matrix, get no probability mass and gradient 0.
+
+    Raises ValueError on shapes that do not fit, TypeError on a sharded (DTensor) or non-floating weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = field(default=1.0, kw_only=True)
+    softcap: float | None = field(default=None, kw_only=True)
+    vocab_size: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        w = self.weight
+        if not isinstance(w, Tensor) or not w.is_floating_point():
+            raise TypeError(f"Head weight must be a floating-point tensor [V, D], not {_describe(w)}")
+        if type(w).__name__ == "DTensor" or (self.bias is not None and type(self.bias).__name__ == "DTensor"):
+            raise TypeError("Head weight or bias is a sharded DTensor; gather it first: Head(weight.full_tensor(), ...)")
+        if w.dim() != 2 or 0 in w.shape:
+            raise ValueError(
+                f"Head weight has shape {list(w.shape)}; it must be [V, D] with V, D > 0 (an empty weight is usually "
+                "a ZeRO-3 or FSDP shard: gather the parameter first)"
+            )
+        if self.bias is not None and (self.bias.shape != w.shape[:1] or self.bias.dtype != w.dtype):
+            raise ValueError(f"Head bias is {_describe(self.bias)}; it must be [{w.shape[0]}] of {w.dtype} as the weight")
+        if not (math.isfinite(self.logit_scale) and self.logit_scale != 0):
+            raise ValueError(f"logit_scale={self.logit_scale} must be finite and not 0")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"softcap={self.softcap} must be positive and finite, or None for no softcap")
+        object.__setattr__(self, "vocab_size", _check_vocab_size(self.vocab_size, w.shape[0], "the head's weight"))
+
+    @property
+    def side(self) -> Side:
+        assert self.vocab_size is not None
+        return _side(self.vocab_size, self.logit_scale, self.softcap)
+
+    def detach(self) -> Head:
+        """The same head without gradients."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    @classmethod
+    def from_model(cls, model: Any, *, vocab_size: int | None = None) -> Head:
+        """The head of a Hugging Face causal LM, with scale, softcap and bias as the model applies them.
+
+        `logit_scale` (Cohere) multiplies, `logits_scaling` (Granite) divides, `lm_head_multiplier` (Falcon-H1)
+        multiplies, `final_logit_softcapping` (Gemma) caps. vocab_size: pass the tokenizer's length where the matrix is
+        padded beyond it. Raises TypeError for a model without output embeddings.
+        """
+        embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if embeddings is None:
+            raise TypeError(f"{type(model).__name__} has no output embeddings; Head.from_model takes a causal LM")
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(
+            embeddings.weight,
+            getattr(embeddings, "bias", None),
+            logit_scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            vocab_size=vocab_size,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenTeacher:
+    """A teacher beside the student: hidden [..., D_t], whose rows line up with the student's, and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsTeacher:
+    """A teacher given by its logits [..., V]; columns from vocab_size on are padding."""
+
+    logits: Tensor
+    vocab_size: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        size = _check_vocab_size(self.vocab_size, self.logits.shape[-1], "the teacher's logits")
+        object.__setattr__(self, "vocab_size", size)
+
+    @property
+    def side(self) -> Side:
+        assert self.vocab_size is not None
+        return Side(self.vocab_size)
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The K most probable entries of each row of a teacher, and the truth about the rest.
+
+    ids: integers [..., K], in descending log-probability; -1 for a missing entry (a shorter row).
+    log_probs: [..., K] log-probabilities at T = 1 over the full vocabulary, in nats; -inf for a missing entry.
+    log_rest: [...] log of the mass outside the K entries (-inf for none), or None when it was not recorded.
+    lse: [...] log-sum-exp of the logits, or None.  counts: [..., K] sample counts, or None.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor | None = None
+    lse: Tensor | None = None
+    counts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.is_floating_point() or self.ids.dtype == torch.bool or self.ids.dim() < 1:
+            raise TypeError(f"TopK ids must be integers [..., K], not {_describe(self.ids)}")
+        for name in ("log_probs", "counts"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.ids.shape:
+                raise ValueError(f"TopK {name} has shape {list(value.shape)}; ids has {list(self.ids.shape)}")
+        for name in ("log_rest", "lse"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.ids.shape[:-1]:
+                raise ValueError(f"TopK {name} has shape {list(value.shape)}; it must be {list(self.ids.shape[:-1])}")
+        if not self.log_probs.is_floating_point():
+            raise TypeError(f"TopK log_probs must be floating point, not {self.log_probs.dtype}")
+
+    @property
+    def k(self) -> int:
+        """Entries a row."""
+        return self.ids.shape[-1]
+
+    def _map(self, f: Any) -> TopK:
+        return TopK(**{x.name: None if getattr(self, x.name) is None else f(getattr(self, x.name)) for x in fields(self)})
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> TopK:
+        """Every tensor moved to the device."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TopK:
+        """Every tensor in pinned memory."""
+        return self._map(lambda t: t.pin_memory())
+
+    def __getitem__(self, index: Any) -> TopK:
+        """The rows selected by indexing the leading dimensions (a boolean mask, a slice, an index tensor)."""
+        return self._map(lambda t: t[index])
+
+
+Teacher = HiddenTeacher | LogitsTeacher | TopK
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__}"
