@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from potstill import cache, capture, divergences, integrations
     from potstill.losses import DistillLoss, LinearDistillLoss, distill_loss, linear_distill_loss
     from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, TopK
-    from potstill.topk import linear_topk, topk
+    from potstill.extraction import linear_topk, topk
 
 _NAMES = {
     "DistillLoss": "losses",
@@ -25,8 +25,8 @@ _NAMES = {
     "HiddenTeacher": "teachers",
     "LogitsTeacher": "teachers",
     "TopK": "teachers",
-    "linear_topk": "topk",
-    "topk": "topk",
+    "linear_topk": "extraction",
+    "topk": "extraction",
 }
 _MODULES = ("cache", "capture", "divergences", "integrations")
 
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'potstill' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"potstill.{_NAMES[name]}"), name)
-    globals()[name] = value  # also keeps the function `topk` in front of the submodule of that name
+    globals()[name] = value
     return value
 
 

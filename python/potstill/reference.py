@@ -117,7 +117,7 @@ def sparse_rows(
 def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [R, V] -> (ids [R, k] int32, log_probs [R, k], log_rest [R], lse [R]); order and NaN as potstill.topk says."""
     z = apply_side(logits, side)[0]
-    values, ids = z.sort(-1, descending=True, stable=True)
+    values, ids = z.sort(dim=-1, descending=True, stable=True)
     lse = z.logsumexp(-1)
     rest = values[:, k:].logsumexp(-1) if k < values.shape[1] else torch.full_like(lse, NEG_INF)
     return ids[:, :k].int(), values[:, :k] - lse[:, None], rest - lse, lse
