@@ -1,0 +1,296 @@
+"""Runs a teacher over token sequences and writes its top-k rows into a cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .. import cache as ps_cache
+from .hidden import teacher_hidden
+from .models import tokenizer_hash
+from .sequences import TokenSequence, token_sequences
+from .text import Document, TextSource
+
+if TYPE_CHECKING:
+    from ..teachers import Head
+
+# Batches of similar length are formed inside windows of this many batches.
+_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did. `sequences`, `tokens`, `bytes` are of the whole cache, `new_*` of this run; seconds of this run.
+
+    `finished` is False when the run was interrupted; everything counted is committed either way.
+    """
+
+    path: str
+    sequences: int
+    tokens: int
+    bytes: int
+    new_sequences: int
+    new_tokens: int
+    seconds: float
+    finished: bool
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens if self.tokens else 0.0
+
+
+def cache_spec(
+    model: Any,
+    tokenizer: Any,
+    *,
+    k: int,
+    length: int,
+    pack: bool,
+    teacher: str = "",
+    teacher_revision: str = "",
+    head: Head | None = None,
+) -> ps_cache.Spec:
+    """The `Spec` a build writes: vocabulary, k, teacher and the tokenizer's content hash; length, packing and dtype in `extra`."""
+    return ps_cache.Spec(
+        vocab_size=_vocab_size(_head_of(model) if head is None else head),
+        k=k,
+        teacher=teacher,
+        teacher_revision=teacher_revision,
+        tokenizer=tokenizer_hash(tokenizer),
+        extra={
+            "length": length,
+            "pack": pack,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        },
+    )
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    texts: TextSource | Iterable[Document | str],
+    out: str | os.PathLike[str],
+    *,
+    k: int = 64,
+    length: int = 1024,
+    pack: bool = True,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    add_special_tokens: bool = True,
+    shard_bytes: int = 64 << 20,
+    commit_seconds: float = 300.0,
+    teacher: str | None = None,
+    teacher_revision: str = "",
+    progress: bool = False,
+) -> BuildReport:
+    """Writes (or continues) the cache `out` of `model`'s `k` most probable next tokens over `texts`.
+
+    model: a Hugging Face causal LM, on its device and in its dtype; texts: what `open_text` returns, documents, or plain
+    strings (named by their position). A sequence of L input ids becomes L rows: row i is the teacher's distribution of
+    the token after tokens[0..i], over the full vocabulary. Only [rows of a chunk, V] logits exist at a time.
+
+    An existing `out` of an equal spec is continued: sequences already committed are compared with the text and left
+    alone. Batches are formed before that choice, so an interrupted and continued build holds what an uninterrupted one
+    does. A shard is committed at `shard_bytes` or after `commit_seconds`. KeyboardInterrupt ends the run
+    early with everything whole committed (`finished=False`).
+
+    Raises ValueError for k over the vocabulary, no text, or text that changed under a committed key; what the writer
+    raises for an existing folder of another spec.
+    """
+    head = _head_of(model)
+    vocab_size = _vocab_size(head)
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"k is {k}: it must be between 1 and the teacher's vocabulary of {vocab_size}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: at least 1 sequence a batch is needed")
+    name = teacher if teacher is not None else Path(str(getattr(model.config, "_name_or_path", ""))).name
+    spec = cache_spec(
+        model,
+        tokenizer,
+        k=k,
+        length=length,
+        pack=pack,
+        teacher=name,
+        teacher_revision=teacher_revision,
+        head=head,
+    )
+    documents = _documents(texts)
+    sequences = token_sequences(
+        documents,
+        tokenizer,
+        length=length,
+        pack=pack,
+        max_tokens=max_tokens,
+        add_special_tokens=add_special_tokens,
+    )
+    started = time.monotonic()
+    finished, new_sequences, new_tokens, seen = True, 0, 0, 0
+    present = _Committed(Path(out))
+    with (
+        ps_cache.Writer(out, spec, resume=True, shard_bytes=shard_bytes) as writer,
+        _Progress(progress, getattr(texts, "size", None), max_tokens, Path(out)) as bar,
+    ):
+        committed_at = time.monotonic()
+        try:
+            for batch in _batches(sequences, batch_size):
+                seen += len(batch)
+                missing = [s.key not in writer for s in batch]
+                present.check([s for s, m in zip(batch, missing, strict=True) if not m])
+                if any(missing):
+                    rows = _teacher_rows(model, head, batch, k)
+                    for sequence, row, wanted in zip(batch, rows, missing, strict=True):
+                        if wanted:
+                            writer.add(sequence.key, sequence.tokens, row)
+                            new_sequences += 1
+                            new_tokens += len(sequence.tokens)
+                bar.update(batch, missing)
+                if time.monotonic() - committed_at > commit_seconds:
+                    writer.flush()
+                    committed_at = time.monotonic()
+        except KeyboardInterrupt:
+            finished = False
+    if seen == 0 and finished:
+        raise ValueError(
+            "no text found: every document is empty, or the first sequence is longer than max_tokens"
+        )
+    written = ps_cache.open(out)
+    return BuildReport(
+        os.fspath(out),
+        len(written),
+        written.num_tokens,
+        written.num_bytes,
+        new_sequences,
+        new_tokens,
+        time.monotonic() - started,
+        finished,
+    )
+
+
+def _head_of(model: Any) -> Head:
+    from ..teachers import Head
+
+    return Head.from_model(model)
+
+
+def _vocab_size(head: Head) -> int:
+    return int(head.vocab_size if head.vocab_size is not None else head.weight.shape[0])
+
+
+def _documents(texts: TextSource | Iterable[Document | str]) -> Iterator[Document]:
+    if isinstance(texts, str):
+        raise TypeError("texts is one string: give a list of texts, documents, or what open_text returns")
+    for number, text in enumerate(texts):
+        yield Document(f"text-{number}", text) if isinstance(text, str) else text
+
+
+def _batches(sequences: Iterator[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
+    """Batches of neighbours in length, formed inside a fixed window so that they do not depend on what is committed."""
+    while window := list(islice(sequences, _WINDOW * batch_size)):
+        window.sort(key=lambda s: -len(s.tokens))
+        for start in range(0, len(window), batch_size):
+            yield window[start : start + batch_size]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    ids: torch.Tensor  # [L, K] int32
+    log_probs: torch.Tensor  # [L, K] float32
+    log_rest: torch.Tensor  # [L] float32
+
+
+def _teacher_rows(model: Any, head: Head, batch: list[TokenSequence], k: int) -> list[_Rows]:
+    from ..topk import linear_topk
+
+    device = next(model.parameters()).device
+    longest = max(len(s.tokens) for s in batch)
+    ids = np.zeros((len(batch), longest), dtype=np.int64)
+    mask = np.zeros((len(batch), longest), dtype=np.int64)
+    for row, sequence in enumerate(batch):
+        ids[row, : len(sequence.tokens)] = sequence.tokens
+        mask[row, : len(sequence.tokens)] = 1
+    full = bool(mask.all())
+    valid = torch.from_numpy(mask).to(device).bool()
+    with torch.no_grad():
+        hidden = teacher_hidden(model, torch.from_numpy(ids).to(device), None if full else valid.long())
+        top = linear_topk(hidden[valid], head, k)  # [rows, D] -> [rows, K], no row spent on padding
+    rest = top.log_rest
+    assert rest is not None
+    found, start = [], 0
+    top_ids, log_probs, log_rest = top.ids.cpu(), top.log_probs.cpu(), rest.cpu()
+    for sequence in batch:
+        part = slice(start, start + len(sequence.tokens))
+        found.append(_Rows(top_ids[part], log_probs[part], log_rest[part]))
+        start = part.stop
+    return found
+
+
+class _Committed:
+    """Compares sequences that an earlier run committed with the text of this one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cache: Any = None
+        if path.is_dir() and any(path.iterdir()):
+            try:
+                self.cache = ps_cache.open(path)
+            except (ValueError, OSError):
+                self.cache = None  # nothing committed yet, or not a cache: the writer says which
+
+    def check(self, sequences: list[TokenSequence]) -> None:
+        if self.cache is None:
+            return
+        for sequence in sequences:
+            if sequence.key in self.cache and not np.array_equal(
+                self.cache.tokens(sequence.key), sequence.tokens
+            ):
+                raise ValueError(
+                    f"{self.path} holds other tokens for {sequence.key!r} than the text has now: the text or how it is tokenised "
+                    "changed since the cache was begun; restore it, or build into a new folder"
+                )
+
+
+class _Progress:
+    """A tqdm bar over tokens; the total is estimated from the share of the text already tokenised."""
+
+    def __init__(self, shown: bool, size: int | None, max_tokens: int | None, out: Path) -> None:
+        self.shown, self.size, self.max_tokens, self.out = shown, size, max_tokens, out
+        self.tokens = self.new = 0
+
+    def __enter__(self) -> _Progress:
+        from tqdm import tqdm
+
+        self.bar: Any = tqdm(
+            total=self.max_tokens, unit="tok", unit_scale=True, disable=not self.shown, smoothing=0.1
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, batch: list[TokenSequence], missing: list[bool]) -> None:
+        count = sum(len(s.tokens) for s in batch)
+        fresh = sum(len(s.tokens) for s, m in zip(batch, missing, strict=True) if m)
+        self.tokens += count
+        self.new += fresh
+        if not self.shown:
+            return
+        consumed = max(s.consumed for s in batch)
+        if self.size and consumed:
+            total = max(self.tokens, round(self.tokens * self.size / consumed))
+            self.bar.total = min(total, self.max_tokens) if self.max_tokens else total
+        if fresh:
+            self.bar.update(count)
+        else:  # already committed: no work, so no part of the rate
+            self.bar.n += count
+            self.bar.initial += count
+            self.bar.refresh()
+        if written := sum(f.stat().st_size for f in self.out.rglob("*") if f.is_file()):
+            self.bar.set_postfix_str(f"{written / max(1, self.tokens):.0f} B/tok")

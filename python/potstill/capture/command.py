@@ -1,0 +1,143 @@
+"""`potstill build`: the command line of `potstill.capture.build`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data", nargs=-1, required=True, type=click.Path())
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--k", default=64, show_default=True, help="Entries kept per token.")
+@click.option("--length", default=1024, show_default=True, help="Tokens per sequence.")
+@click.option(
+    "--pack/--split",
+    default=True,
+    show_default=True,
+    help="Fill rows across documents, or cut each document into pieces.",
+)
+@click.option("--batch-size", default=8, show_default=True, help="Sequences per forward pass.")
+@click.option("--max-tokens", type=int, help="Stop before the sequence that would pass this many tokens.")
+@click.option(
+    "--text-field", default="text", show_default=True, help="Field of the text in JSONL and datasets."
+)
+@click.option(
+    "--suffix",
+    "suffixes",
+    multiple=True,
+    help=f"Read files that end so inside folders (repeatable; default {' '.join(SUFFIXES)}).",
+)
+@click.option("--tokenizer", help="Folder or hub name of the tokenizer, when it does not lie with the model.")
+@click.option(
+    "--no-special-tokens", is_flag=True, help="Do not let the tokenizer add its own special tokens."
+)
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model run the code it carries.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+)
+@click.option("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one).")
+@click.option("--shard-mb", default=64, show_default=True, help="Size at which a shard is committed.")
+@click.option("--commit-seconds", default=300.0, show_default=True, help="Longest time between commits.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
+    """Write the K most probable next tokens of MODEL over DATA into the cache OUT.
+
+    MODEL is a folder, a hub name, a .gguf file or package:NAME (a Python package that carries a GGUF file). DATA is any
+    number of text files, folders, .jsonl files or folders saved by datasets. Run the same command again to continue
+    after Ctrl-C or a crash: nothing is repeated and nothing is lost.
+    """
+    try:
+        finished = _run(model, data, out, options)
+    except (ValueError, TypeError, OSError) as e:
+        raise click.ClickException(str(e)) from e
+    if not finished:
+        sys.exit(130)
+
+
+def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool:
+    from .text import open_text
+
+    # Everything that can be refused cheaply is, before torch is imported and the model loaded.
+    if o["k"] < 1 or o["length"] < 1 or o["batch_size"] < 1 or o["shard_mb"] < 1:
+        raise ValueError("--k, --length, --batch-size and --shard-mb must be at least 1")
+    texts = open_text(data, text_field=o["text_field"], suffixes=o["suffixes"] or SUFFIXES)
+    from .build import build as run_build
+    from .models import load_model
+
+    with _terminate_as_interrupt():
+        loaded = load_model(
+            model,
+            tokenizer=o["tokenizer"],
+            revision=o["revision"],
+            dtype=o["dtype"],
+            device=o["device"],
+            trust_remote_code=o["trust_remote_code"],
+        )
+        report = run_build(
+            loaded.model,
+            loaded.tokenizer,
+            texts,
+            out,
+            k=o["k"],
+            length=o["length"],
+            pack=o["pack"],
+            batch_size=o["batch_size"],
+            max_tokens=o["max_tokens"],
+            add_special_tokens=not o["no_special_tokens"],
+            shard_bytes=o["shard_mb"] << 20,
+            commit_seconds=o["commit_seconds"],
+            teacher=loaded.name,
+            teacher_revision=loaded.revision,
+            progress=not o["quiet"],
+        )
+    rate = report.new_tokens / report.seconds if report.seconds else 0.0
+    click.echo(
+        f"{report.path}: {report.sequences:,} sequences, {report.tokens:,} tokens, {_size(report.bytes)}, {report.bytes_per_token:.1f} bytes a token"
+    )
+    click.echo(
+        f"this run: {report.new_sequences:,} sequences, {report.new_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s)"
+    )
+    if texts.skipped:
+        click.echo(f"left out: {len(texts.skipped)} files that are not UTF-8 (first: {texts.skipped[0]})")
+    if not report.finished:
+        click.echo("stopped: all of the above is saved; run the same command again to go on", err=True)
+    return report.finished
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """A polite kill (SIGTERM) saves what Ctrl-C would save."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

@@ -1,0 +1,68 @@
+"""Final hidden states of a causal LM through its own forward, without its logits."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal LM inside data-parallel, torch.compile and peft wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(
+            model, "get_output_embeddings"
+        ):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -> tuple[Tensor, Any]:
+    """Runs `model(**inputs)` and returns (hidden [B, L, D], outputs): hidden is exactly what the model's head is given.
+
+    The whole forward runs, wrappers included, so the hooks of DDP and FSDP fire; the head itself is given the last
+    position only, so `outputs.logits` is [B, 1, V] and nothing of size [B, L, V] exists. With `all_logits` the head
+    runs on every position. `position_ids` is left out for models whose forward has no such argument.
+
+    Raises TypeError when the model has no output embeddings, ValueError when its forward did not call them once.
+    """
+    inner = unwrap(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is None:
+        raise TypeError(
+            f"{type(inner).__name__} has no output embeddings: a causal language model with a head is needed"
+        )
+    if "position_ids" in inputs and "position_ids" not in inspect.signature(inner.forward).parameters:
+        inputs.pop("position_ids")
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        caught.append(args[0])
+        return args if all_logits else (args[0][..., -1:, :], *args[1:])
+
+    handle = head.register_forward_pre_hook(catch)
+    try:
+        outputs = model(**inputs)
+    finally:
+        handle.remove()
+    ids = inputs.get("input_ids")
+    if len(caught) != 1 or (ids is not None and caught[0].shape[:-1] != ids.shape):
+        shapes = [tuple(c.shape) for c in caught]
+        raise ValueError(
+            f"{type(inner).__name__} called its head {len(caught)} times with inputs of shape {shapes}, once with [B, L, D] is "
+            "needed: its final hidden states cannot be taken this way"
+        )
+    return caught[0], outputs
+
+
+@torch.no_grad()
+def teacher_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """hidden [B, L, D] of `model` on `input_ids` [B, L] without gradients or a key-value cache."""
+    return final_hidden(model, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]

@@ -1,0 +1,1 @@
+"""Adapters to trainers. Each module imports the library it serves, so import the one you need."""
