@@ -21,18 +21,6 @@ COMMANDS = {
     "demo": ("potstill.demo.command:demo", "Distil a small model from a cache and report what was gained."),
     "doctor": ("potstill.cli:doctor", "Say what was built, what the machine has, which kernels serve it."),
 }
-# what an optional import is missing from
-EXTRAS = {
-    "accelerate": "hf",
-    "datasets": "arrow",
-    "gguf": "hf",
-    "matplotlib": "bench",
-    "obstore": "remote",
-    "pyarrow": "arrow",
-    "ray": "ray",
-    "transformers": "hf",
-    "trl": "trl",
-}
 
 
 class LazyGroup(click.Group):
@@ -66,6 +54,8 @@ class LazyGroup(click.Group):
 
 def missing(error: ModuleNotFoundError) -> click.ClickException:
     """What to say of a missing optional package: the extra that brings it. Any other is raised as it is."""
+    from potstill.doctor import EXTRAS
+
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:
         raise error
