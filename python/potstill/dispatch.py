@@ -16,6 +16,8 @@ import torch
 # module -> imported on first use; each registers its kernels and says in refuses() why it cannot serve
 BACKEND_MODULES = (
     "potstill.reference",
+    "potstill.kernels.cpp",
+    "potstill.kernels.triton_backend",
 )
 
 

@@ -1,0 +1,43 @@
+"""Runs interpreted/ in Triton's interpreter, in a new process: it is chosen before Triton is imported."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PARTS = ("test_every_divergence", "test_banned", "not test_every_divergence and not test_banned")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("part", PARTS)
+def test_row_kernels_in_the_interpreter(part):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:xdist"]
+    command += ["-p", "no:cacheprovider"]
+    command += ["-m", "not gpu", "-k", part, str(HERE / "interpreted")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    assert " passed" in summary and "skipped" not in summary, summary
+
+
+def test_without_triton_it_refuses_with_a_sentence():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch\n"
+        "from potstill.dispatch import Facts, explain, select\n"
+        "facts = Facts('dense_rows', torch.device('cpu'), torch.float32)\n"
+        "assert 'Triton is not installed' in dict(explain(facts))['triton']\n"
+        "assert select(facts).backend != 'triton'\n"
+    )
+    path = os.pathsep.join(filter(None, [str(HERE.parent.parent / "python"), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
