@@ -178,7 +178,8 @@ class BuildNative(build_ext):
         return target
 
     def call(self, command: list[str], label: str) -> None:
-        print(f"potstill: {label}", flush=True)
+        sys.stdout.write(f"potstill: {label}\n")  # one write: two jobs print at once
+        sys.stdout.flush()
         if subprocess.run(command).returncode:
             stop(f"this command failed while building {label}: {shlex.join(command)}")
 

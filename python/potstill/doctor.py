@@ -105,7 +105,10 @@ def extension(name: str) -> dict[str, Any]:
         else:
             detail = f"does not load: {error}"
         return {"present": False, "wrong": True, "detail": detail}
-    return {"present": True, "wrong": False, "detail": str(Path(module.__file__ or "").name)}
+    detail = Path(module.__file__ or "").name
+    if name == "_cpp":
+        detail += f", compiled for {', '.join(module.compiled_isas())}; this processor gets {module.isa()}"
+    return {"present": True, "wrong": False, "detail": detail}
 
 
 def machine() -> dict[str, Any]:
