@@ -1,0 +1,34 @@
+"""The teacher cache: write a teacher's top-k rows once, read them for years, verified against the tokens they belong to.
+
+    spec = cache.Spec(vocab_size=49152, k=64, teacher="SmolLM2-135M-Instruct", tokenizer="...")
+    with cache.Writer("rows", spec) as w:
+        w.add(key, tokens, topk)
+    rows = cache.open("rows")
+    rows[key].topk;  rows.batch(keys, tokens=token_lists)
+
+Importing this needs numpy and the Rust extension, not torch; torch is imported by the methods that return tensors.
+"""
+
+from __future__ import annotations
+
+from potstill._rust import FORMAT_VERSION, CacheError, TokenMismatch
+from potstill.cache.reader import Cache, CachedSequence, open
+from potstill.cache.spec import Spec
+from potstill.cache.tools import Problem, Report, inspect_cache, recover_cache, verify_cache
+from potstill.cache.writer import Writer
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Cache",
+    "CacheError",
+    "CachedSequence",
+    "Problem",
+    "Report",
+    "Spec",
+    "TokenMismatch",
+    "Writer",
+    "inspect_cache",
+    "open",
+    "recover_cache",
+    "verify_cache",
+]

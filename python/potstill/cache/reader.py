@@ -1,0 +1,186 @@
+"""Reading a cache by key or in batches, into memory of the caller's when wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill import _rust
+from potstill.cache.arrays import int32
+from potstill.cache.spec import Spec
+from potstill.cache.tools import Report, verify_cache
+
+if TYPE_CHECKING:
+    from potstill.teachers import TopK
+
+Arrays = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class CachedSequence:
+    """One sequence: tokens int32 [L] and topk with torch CPU tensors ids [L, K] int32, log_probs [L, K] fp32 and log_rest
+    [L] fp32. Row i is the teacher's distribution of the token after tokens[0..i]."""
+
+    key: str
+    tokens: NDArray[np.int32]
+    topk: TopK
+
+
+class Cache:
+    """A cache open for reading; made by `potstill.cache.open`. Safe to share with forked and spawned workers and between
+    threads. It sees the sequences that were committed when it was opened."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._rust = _rust.Cache(self.path)
+        self.spec = Spec.from_json(self._rust.spec)
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[str]]:
+        return Cache, (os.path.abspath(self.path),)
+
+    def __repr__(self) -> str:
+        return f"Cache({self.path!r}, {len(self)} sequences, {self.num_tokens} tokens, k={self.spec.k})"
+
+    def __len__(self) -> int:
+        return len(self._rust)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key in self._rust
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        """All keys in commit order."""
+        return self._rust.keys()
+
+    @property
+    def num_tokens(self) -> int:
+        return self._rust.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shard files."""
+        return self._rust.num_bytes
+
+    def length(self, key: str) -> int:
+        """Tokens of a sequence, from the index. Raises KeyError."""
+        return self._rust.length(key)
+
+    def token_hash(self, key: str) -> int:
+        """128-bit xxh3 of the sequence's tokens as little-endian int32, from the index."""
+        return self._rust.token_hash(key)
+
+    def tokens(self, key: str) -> NDArray[np.int32]:
+        """Tokens int32 [L] of a sequence, without decoding its rows."""
+        out = np.empty(self.length(key), np.int32)
+        self._rust.read_tokens(key, out)
+        return out
+
+    def numpy(self, key: str) -> Arrays:
+        """(tokens int32 [L], ids int32 [L, K], log_probs fp32 [L, K], log_rest fp32 [L]); needs no torch.
+
+        Missing entries are id -1 with log_prob -inf. Raises KeyError; CacheError naming shard and block for damage.
+        """
+        n, k = self.length(key), self.spec.k
+        ids, log_probs, log_rest = (
+            np.empty(n * k, np.int32),
+            np.empty(n * k, np.float32),
+            np.empty(n, np.float32),
+        )
+        self._rust.read_batch([key], [n], n, ids, log_probs, log_rest, None)
+        return self.tokens(key), ids.reshape(n, k), log_probs.reshape(n, k), log_rest
+
+    def __getitem__(self, key: str) -> CachedSequence:
+        import torch
+
+        from potstill.teachers import TopK
+
+        tokens, ids, log_probs, log_rest = self.numpy(key)
+        rows = TopK(torch.from_numpy(ids), torch.from_numpy(log_probs), log_rest=torch.from_numpy(log_rest))
+        return CachedSequence(key, tokens, rows)
+
+    def batch(
+        self, keys: Sequence[str], tokens: Sequence[Any] | None = None, out: TopK | None = None
+    ) -> TopK:
+        """Rows of B sequences, padded to the longest: TopK with ids [B, L, K], log_probs [B, L, K] and log_rest [B, L].
+
+        tokens: B integer sequences (tensors, arrays or lists), each equal to the cached tokens or a prefix of them; the
+            prefix's rows alone are then decoded. Any difference raises TokenMismatch, a ValueError that names sequence
+            and first differing position (attributes key and position).
+        out: a TopK of contiguous CPU tensors (ids int32, log_probs and log_rest fp32; pinned memory too) of B sequences
+            and at least L rows, which is filled and returned.
+
+        Padding rows have ids -1, log_probs -inf and log_rest 0. Raises KeyError for an unknown key and CacheError naming
+        shard and block for damage.
+        """
+        import torch
+
+        from potstill.teachers import TopK
+
+        keys = list(keys)
+        given = self._given(keys, tokens)
+        lengths = [self.length(key) for key in keys]
+        rows = lengths if given is None else [min(n, len(t)) for n, t in zip(lengths, given, strict=True)]
+        b, k = len(keys), self.spec.k
+        if out is None:
+            n = max(rows, default=0)
+            out = TopK(
+                torch.empty((b, n, k), dtype=torch.int32),
+                torch.empty((b, n, k), dtype=torch.float32),
+                log_rest=torch.empty((b, n), dtype=torch.float32),
+            )
+        n = _check_out(out, b, max(rows, default=0), k)
+        buffers = (out.ids, out.log_probs, out.log_rest)
+        self._rust.read_batch(keys, rows, n, *(t.view(-1).numpy() for t in buffers), given)
+        return out
+
+    def _given(self, keys: list[str], tokens: Sequence[Any] | None) -> list[NDArray[np.int32]] | None:
+        if tokens is None:
+            return None
+        if len(tokens) != len(keys):
+            raise ValueError(f"{len(tokens)} token sequences are given for {len(keys)} keys")
+        return [int32(t, f"tokens of {key!r}", 1) for key, t in zip(keys, tokens, strict=True)]
+
+    def verify(self) -> Report:
+        """Checks every byte and every row of the cache on disk; raises nothing for damage, see `Report`."""
+        return verify_cache(self.path)
+
+
+def _check_out(out: TopK, b: int, n: int, k: int) -> int:
+    import torch
+
+    if out.log_rest is None:
+        raise ValueError("out.log_rest is None; give a TopK of three buffers")
+    wanted = {
+        "ids": (out.ids, torch.int32),
+        "log_probs": (out.log_probs, torch.float32),
+        "log_rest": (out.log_rest, torch.float32),
+    }
+    rows = out.log_rest.shape[1] if out.log_rest.dim() == 2 else -1
+    for name, (tensor, dtype) in wanted.items():
+        shape = (b, rows) if name == "log_rest" else (b, rows, k)
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(
+                f"out.{name} is {tensor.dtype} on {tensor.device}"
+                f"{'' if tensor.is_contiguous() else ', not contiguous'}; a contiguous {dtype} tensor on the CPU is accepted"
+            )
+        if tuple(tensor.shape) != shape or rows < n:
+            raise ValueError(
+                f"out.{name} has shape {tuple(tensor.shape)}, [{b}, at least {n}{f', {k}' * (name != 'log_rest')}] is needed"
+            )
+    return rows
+
+
+def open(path: str | os.PathLike[str]) -> Cache:
+    """Opens a cache folder for reading.
+
+    Raises CacheError when there is no cache, or a header, index, record or manifest is damaged (naming the file), or it
+    needs a newer potstill.
+    """
+    return Cache(path)

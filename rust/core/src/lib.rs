@@ -1,0 +1,26 @@
+//! The potstill teacher cache in pure Rust: format, codec, writer, reader. It knows nothing of Python or torch.
+//!
+//! A cache is a folder of immutable, content-named shards, an append-only log of create-exclusive records and a
+//! manifest that compacts the log. `docs/format.md` states the format; the modules here follow its order.
+
+#![forbid(unsafe_code)]
+
+pub mod bytes;
+pub mod codec;
+pub mod error;
+pub mod files;
+pub mod format;
+pub mod log;
+pub mod reader;
+pub mod recover;
+pub mod rows;
+pub mod shard;
+pub mod spec;
+pub mod verify;
+pub mod writer;
+
+pub use error::{Error, Part, Result};
+pub use reader::Reader;
+pub use rows::{Rows, RowsMut};
+pub use spec::Spec;
+pub use writer::Writer;

@@ -1,0 +1,305 @@
+//! The reader: an index in memory, positioned reads, decoding into caller memory. It holds no thread and no lock that a
+//! forked child could find taken.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use crate::error::{Error, Part, Result};
+use crate::files::{self, FileSource, Source};
+use crate::format::block::KIND_ROWS;
+use crate::format::name::shard_file;
+use crate::log::{shards_dir, State};
+use crate::rows::RowsMut;
+use crate::shard::Shard;
+use crate::spec::Spec;
+
+const OPEN_FILES: usize = 16;
+
+/// Where a sequence is: shard, position in it, first block.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub shard: usize,
+    pub sequence: usize,
+    pub first_block: usize,
+}
+
+pub struct Reader {
+    root: PathBuf,
+    spec: Spec,
+    pub shards: Vec<Shard>,
+    /// In commit order.
+    pub places: Vec<Place>,
+    index: HashMap<String, usize>,
+    tokens: u64,
+    files: Mutex<Vec<(usize, Arc<FileSource>)>>,
+}
+
+/// A sequence to decode and the tokens it must start with.
+pub struct Wanted<'a> {
+    pub sequence: usize,
+    pub rows: usize,
+    pub tokens: Option<&'a [i32]>,
+}
+
+/// Every shard file that the log lists, opened with its full check.
+pub fn open_shard(root: &Path, name: &str, spec: &Spec) -> Result<Shard> {
+    let path = shards_dir(root).join(shard_file(name));
+    let source = files::open_regular(&path).map_err(Error::io("open", &path))?;
+    Shard::open(&source, name, &spec.hash)
+}
+
+impl Reader {
+    pub fn open(root: &Path) -> Result<Reader> {
+        let state = State::load(root)?.ok_or_else(|| Error::Folder {
+            path: root.to_path_buf(),
+            what: "there is no cache here (no manifest.json and no log)".into(),
+        })?;
+        if let Some(number) = state.gap(root)? {
+            let what = format!("log record {number} is missing; run `potstill recover` on the folder");
+            return Err(Error::Folder { path: root.to_path_buf(), what });
+        }
+        files::check_dir(&shards_dir(root))?;
+        let mut reader = Reader {
+            root: root.to_path_buf(),
+            spec: state.spec,
+            shards: Vec::with_capacity(state.shards.len()),
+            places: Vec::new(),
+            index: HashMap::new(),
+            tokens: 0,
+            files: Mutex::new(Vec::new()),
+        };
+        for entry in &state.shards {
+            let shard = open_shard(root, &entry.name, &reader.spec)?;
+            let said = (shard.bytes, shard.footer.sequences.len() as u64, shard.footer.tokens());
+            if said != (entry.bytes, entry.sequences, entry.tokens) {
+                let what = format!("bytes, sequences and tokens are {said:?}, the log says {entry:?}");
+                return Err(Error::damaged(&shard_file(&entry.name), Part::Index, what));
+            }
+            reader.add_shard(shard)?;
+        }
+        Ok(reader)
+    }
+
+    fn add_shard(&mut self, shard: Shard) -> Result<()> {
+        let number = self.shards.len();
+        let mut first_block = 0;
+        for (sequence, s) in shard.footer.sequences.iter().enumerate() {
+            let place = Place { shard: number, sequence, first_block };
+            first_block += s.blocks as usize;
+            if let Some(old) = self.index.get(&s.key) {
+                let there = self.places[*old];
+                let first = self.shards.get(there.shard).unwrap_or(&shard);
+                if first.footer.sequences[there.sequence].content_hash != s.content_hash {
+                    return Err(Error::Duplicate {
+                        key: s.key.clone(),
+                        here: format!("shard {}", shard.name),
+                        there: format!("shard {}", first.name),
+                    });
+                }
+                continue;
+            }
+            self.index.insert(s.key.clone(), self.places.len());
+            self.places.push(place);
+            self.tokens += u64::from(s.tokens);
+        }
+        self.shards.push(shard);
+        Ok(())
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    pub fn num_tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    pub fn num_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.bytes).sum()
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.places.iter().map(|p| self.shards[p.shard].footer.sequences[p.sequence].key.as_str())
+    }
+
+    pub fn find(&self, key: &str) -> Option<usize> {
+        self.index.get(key).copied()
+    }
+
+    pub fn require(&self, key: &str) -> Result<usize> {
+        self.find(key).ok_or_else(|| {
+            let what = format!("no sequence {key:?} among the {} of {}", self.len(), self.root.display());
+            Error::MissingKey(what)
+        })
+    }
+
+    pub fn tokens_of(&self, sequence: usize) -> usize {
+        self.entry(sequence).tokens as usize
+    }
+
+    pub fn token_hash(&self, sequence: usize) -> u128 {
+        self.entry(sequence).token_hash
+    }
+
+    fn entry(&self, sequence: usize) -> &crate::format::footer::SequenceEntry {
+        let place = self.places[sequence];
+        &self.shards[place.shard].footer.sequences[place.sequence]
+    }
+
+    fn key(&self, sequence: usize) -> &str {
+        &self.entry(sequence).key
+    }
+
+    // A handle kept from an earlier read, or a new one. try_lock: after a fork the lock may be held by nobody alive.
+    fn source(&self, shard: usize) -> Result<Arc<FileSource>> {
+        if let Ok(mut kept) = self.files.try_lock() {
+            if let Some(at) = kept.iter().position(|(n, _)| *n == shard) {
+                let hit = kept.remove(at);
+                let source = Arc::clone(&hit.1);
+                kept.push(hit);
+                return Ok(source);
+            }
+        }
+        let path = shards_dir(&self.root).join(shard_file(&self.shards[shard].name));
+        let source = Arc::new(files::open_regular(&path).map_err(Error::io("open", &path))?);
+        if let Ok(mut kept) = self.files.try_lock() {
+            if kept.len() >= OPEN_FILES {
+                kept.remove(0);
+            }
+            kept.push((shard, Arc::clone(&source)));
+        }
+        Ok(source)
+    }
+
+    // visits the row blocks that hold the first `rows` rows: f(block, first row, rows wanted of it)
+    fn visit<F>(&self, sequence: usize, rows: usize, scratch: &mut Vec<u8>, mut f: F) -> Result<()>
+    where
+        F: FnMut(&Shard, &crate::format::block::Block<'_>, usize, usize) -> std::result::Result<(), String>,
+    {
+        let place = self.places[sequence];
+        let shard = &self.shards[place.shard];
+        let entry = &shard.footer.sequences[place.sequence];
+        if rows > entry.tokens as usize {
+            let what = format!("{rows} rows of sequence {:?} are wanted, it has {}", entry.key, entry.tokens);
+            return Err(Error::Refused(what));
+        }
+        let source = self.source(place.shard)?;
+        let mut first = 0;
+        for n in place.first_block..place.first_block + entry.blocks as usize {
+            if first >= rows {
+                break;
+            }
+            if shard.footer.blocks[n].kind != KIND_ROWS {
+                continue;
+            }
+            let block = shard.block(source.as_ref() as &dyn Source, n, scratch)?;
+            let damaged = |what: String| Error::damaged(&shard_file(&shard.name), Part::Block(n as u32), what);
+            if block.head.key != entry.key || block.head.first_row as usize != first {
+                let (key, row) = (block.head.key, block.head.first_row);
+                return Err(damaged(format!(
+                    "it holds row {row} of {key:?} where row {first} of {:?} belongs",
+                    entry.key
+                )));
+            }
+            let wanted = (block.head.rows as usize).min(rows - first);
+            f(shard, &block, first, wanted).map_err(damaged)?;
+            first += block.head.rows as usize;
+        }
+        Ok(())
+    }
+
+    /// The first `out.len()` tokens of a sequence, without decoding rows.
+    pub fn read_tokens(&self, sequence: usize, out: &mut [i32]) -> Result<()> {
+        let rows = out.len();
+        self.visit(sequence, rows, &mut Vec::new(), |shard, block, first, n| {
+            shard.header.codec.decode_tokens(block.payload, block.head.shape(), &mut out[first..first + n])
+        })
+    }
+
+    /// Decodes the first `wanted.rows` rows into `out`, comparing `wanted.tokens` with the cached ones on the way.
+    pub fn read(&self, wanted: &Wanted<'_>, out: RowsMut<'_>, scratch: &mut Vec<u8>) -> Result<()> {
+        let (rows, k) = (wanted.rows, self.spec.k as usize);
+        if out.log_rest.len() != rows || out.ids.len() != rows * k || out.log_probs.len() != rows * k {
+            return Err(Error::Refused(format!("the output does not hold {rows} rows of {k} entries")));
+        }
+        let mut cached = Vec::new();
+        let mut differs = None;
+        if let Some(given) = wanted.tokens {
+            let (have, want) = (self.tokens_of(wanted.sequence), given.len());
+            if want != rows && want <= have {
+                return Err(Error::Refused(format!("{want} tokens are given for {rows} rows")));
+            }
+        }
+        self.visit(wanted.sequence, rows, scratch, |shard, block, first, n| {
+            let codec = &shard.header.codec;
+            if let Some(given) = wanted.tokens {
+                cached.resize(n, 0);
+                codec.decode_tokens(block.payload, block.head.shape(), &mut cached)?;
+                let at = cached.iter().zip(&given[first..]).position(|(a, b)| a != b);
+                if let (None, Some(i)) = (differs, at) {
+                    differs = Some((first + i, cached[i]));
+                }
+            }
+            if differs.is_some() {
+                return Ok(());
+            }
+            let part = RowsMut {
+                ids: &mut out.ids[first * k..(first + n) * k],
+                log_probs: &mut out.log_probs[first * k..(first + n) * k],
+                log_rest: &mut out.log_rest[first..first + n],
+            };
+            codec.decode(block.payload, block.head.shape(), part)
+        })?;
+        let Some(given) = wanted.tokens else { return Ok(()) };
+        let mismatch = |position: usize, given: String, cached: String| {
+            Err(Error::TokenMismatch { key: self.key(wanted.sequence).to_string(), position, given, cached })
+        };
+        if let Some((i, cached)) = differs {
+            return mismatch(i, given[i].to_string(), cached.to_string());
+        }
+        match given.get(rows) {
+            Some(extra) => mismatch(rows, extra.to_string(), format!("absent (it has {rows} tokens)")),
+            None => Ok(()),
+        }
+    }
+
+    /// Decodes B sequences into [B, length, k] buffers and fills the rest of each with missing rows.
+    pub fn read_batch(&self, wanted: &[Wanted<'_>], length: usize, out: RowsMut<'_>) -> Result<()> {
+        let k = self.spec.k as usize;
+        let rows = wanted.len() * length;
+        if out.log_rest.len() != rows || out.ids.len() != rows * k || out.log_probs.len() != rows * k {
+            let what = format!("the output does not hold {} sequences of {length} rows of {k} entries", wanted.len());
+            return Err(Error::Refused(what));
+        }
+        let mut scratch = Vec::new();
+        for (b, w) in wanted.iter().enumerate() {
+            if w.rows > length {
+                return Err(Error::Refused(format!("sequence {b} has {} rows, the output holds {length}", w.rows)));
+            }
+            let (start, split, end) = (b * length, b * length + w.rows, (b + 1) * length);
+            let part = RowsMut {
+                ids: &mut out.ids[start * k..split * k],
+                log_probs: &mut out.log_probs[start * k..split * k],
+                log_rest: &mut out.log_rest[start..split],
+            };
+            self.read(w, part, &mut scratch)?;
+            out.ids[split * k..end * k].fill(-1);
+            out.log_probs[split * k..end * k].fill(f32::NEG_INFINITY);
+            out.log_rest[split..end].fill(0.0);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,92 @@
+//! One shard opened for reading: header, trailer and index are checked here, blocks when they are read.
+
+use std::io;
+
+use crate::error::{Error, Part, Result};
+use crate::files::Source;
+use crate::format::block::{self, Block};
+use crate::format::footer::{self, Footer, TRAILER};
+use crate::format::header::{self, Header, Refusal};
+use crate::format::name::{shard_file, shard_name};
+
+/// The checked index of a shard; holds no file handle.
+pub struct Shard {
+    pub name: String,
+    pub bytes: u64,
+    pub header: Header,
+    pub footer: Footer,
+    /// Start of each block, and the end of the last.
+    pub offsets: Vec<u64>,
+}
+
+/// Reads and checks a header at the start of `source`.
+pub fn read_header(source: &dyn Source, file: &str) -> Result<(Header, Vec<u8>)> {
+    let refuse = |refusal| match refusal {
+        Refusal::Damaged(what) => Error::damaged(file, Part::Header, what),
+        Refusal::Unsupported(what) => Error::Unsupported { file: file.to_string(), what },
+    };
+    let mut fixed = vec![0u8; header::FIXED];
+    read(source, 0, &mut fixed).map_err(|e| Error::damaged(file, Part::Header, e))?;
+    let mut bytes = vec![0u8; header::length(&fixed).map_err(refuse)?];
+    read(source, 0, &mut bytes).map_err(|e| Error::damaged(file, Part::Header, e))?;
+    let header = header::decode(&bytes).map_err(refuse)?;
+    Ok((header, bytes))
+}
+
+fn read(source: &dyn Source, offset: u64, out: &mut [u8]) -> std::result::Result<(), String> {
+    source.read_at(offset, out).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => format!("the file ends inside these {} bytes", out.len()),
+        _ => e.to_string(),
+    })
+}
+
+impl Shard {
+    pub fn open(source: &dyn Source, name: &str, spec_hash: &[u8; 32]) -> Result<Shard> {
+        let file = shard_file(name);
+        let (header, header_bytes) = read_header(source, &file)?;
+        if header.spec_hash != *spec_hash {
+            return Err(Error::damaged(&file, Part::Header, "the shard was written for another spec"));
+        }
+        let len = source.len();
+        let end = len.checked_sub(TRAILER as u64).filter(|end| *end >= header.len as u64);
+        let end = end.ok_or_else(|| Error::damaged(&file, Part::Trailer, format!("the file has only {len} bytes")))?;
+        let mut tail = [0u8; TRAILER];
+        read(source, end, &mut tail).map_err(|e| Error::damaged(&file, Part::Trailer, e))?;
+        let footer_len =
+            footer::decode_trailer(&tail, len, header.len).map_err(|e| Error::damaged(&file, Part::Trailer, e))?;
+        let footer_at = end - footer_len as u64;
+        let mut bytes = vec![0u8; footer_len];
+        read(source, footer_at, &mut bytes).map_err(|e| Error::damaged(&file, Part::Footer, e))?;
+        let footer = Footer::decode(&bytes, footer_at - header.len as u64)
+            .map_err(|e| Error::damaged(&file, Part::Footer, e))?;
+        let named = shard_name(&header_bytes, &bytes);
+        if named != name {
+            let what = format!("the content names this shard {named}, the file is called {name}");
+            return Err(Error::damaged(&file, Part::Footer, what));
+        }
+        let mut offsets = vec![header.len as u64];
+        let mut at = header.len as u64;
+        for b in &footer.blocks {
+            at += u64::from(b.len);
+            offsets.push(at);
+        }
+        Ok(Shard { name: name.to_string(), bytes: len, header, footer, offsets })
+    }
+
+    /// Reads block `n` into `scratch` and checks it against its own checksum and against the index.
+    pub fn block<'a>(&self, source: &dyn Source, n: usize, scratch: &'a mut Vec<u8>) -> Result<Block<'a>> {
+        let damaged = |what: String| Error::damaged(&shard_file(&self.name), Part::Block(n as u32), what);
+        let entry = &self.footer.blocks[n];
+        scratch.resize(entry.len as usize, 0);
+        read(source, self.offsets[n], scratch).map_err(damaged)?;
+        let block = block::decode(scratch).map_err(damaged)?;
+        let head = &block.head;
+        if block.sum != entry.sum {
+            return Err(damaged("the block is whole but not the one the index names".to_string()));
+        }
+        if (head.kind, head.number, head.rows, head.entries) != (entry.kind, n as u32, entry.rows, entry.entries) {
+            return Err(damaged(format!("the block's header {head:?} contradicts the index")));
+        }
+        Ok(block)
+    }
+}

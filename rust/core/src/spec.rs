@@ -1,0 +1,108 @@
+//! The spec of a cache: a JSON object, the same for every shard, bound to each by its SHA-256.
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+/// A row holds at most this many entries (its count is a u16).
+pub const MAX_K: u64 = 65_535;
+/// Ids are non-negative i32.
+pub const MAX_VOCAB: u64 = i32::MAX as u64;
+const MAX_TEXT: usize = 1 << 20;
+
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub vocab_size: u32,
+    pub k: u32,
+    /// The exact bytes that are stored and hashed.
+    pub text: String,
+    pub hash: [u8; 32],
+    fields: Map<String, Value>,
+}
+
+pub fn sha256(parts: &[&[u8]]) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update(part);
+    }
+    hasher.finalize().into()
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn number(fields: &Map<String, Value>, name: &str, max: u64) -> Result<u32, String> {
+    let value = fields.get(name).ok_or_else(|| format!("the spec has no {name}"))?;
+    match value.as_u64() {
+        Some(n) if (1..=max).contains(&n) => Ok(n as u32),
+        _ => Err(format!("the spec's {name} is {value}, an integer from 1 to {max} is accepted")),
+    }
+}
+
+impl Spec {
+    /// A stored spec: its text is kept as it is.
+    pub fn from_stored(text: &str) -> Result<Spec, String> {
+        if text.len() > MAX_TEXT {
+            return Err(format!("the spec has {} bytes, at most {MAX_TEXT} are accepted", text.len()));
+        }
+        let fields: Map<String, Value> =
+            serde_json::from_str(text).map_err(|e| format!("the spec is not a JSON object: {e}"))?;
+        let vocab_size = number(&fields, "vocab_size", MAX_VOCAB)?;
+        let k = number(&fields, "k", MAX_K)?;
+        if k > vocab_size {
+            return Err(format!("the spec's k = {k} is above its vocab_size = {vocab_size}"));
+        }
+        Ok(Spec { vocab_size, k, text: text.to_string(), hash: sha256(&[text.as_bytes()]), fields })
+    }
+
+    /// A spec given by a caller: stored with sorted names and no spaces.
+    pub fn from_caller(text: &str) -> Result<Spec, String> {
+        let fields: Map<String, Value> =
+            serde_json::from_str(text).map_err(|e| format!("the spec is not a JSON object: {e}"))?;
+        let text = serde_json::to_string(&fields).map_err(|e| format!("the spec cannot be written as JSON: {e}"))?;
+        Spec::from_stored(&text)
+    }
+
+    /// The first field that differs: its name, the value here, the value there.
+    pub fn difference(&self, other: &Spec) -> Option<(String, String, String)> {
+        let show = |v: Option<&Value>| v.map_or("nothing".to_string(), Value::to_string);
+        let names = self.fields.keys().chain(other.fields.keys());
+        for name in names {
+            let (a, b) = (self.fields.get(name), other.fields.get(name));
+            if a == b {
+                continue;
+            }
+            if let (Some(Value::Object(x)), Some(Value::Object(y))) = (a, b) {
+                if let Some(inner) = x.keys().chain(y.keys()).find(|n| x.get(*n) != y.get(*n)) {
+                    return Some((format!("{name}.{inner}"), show(x.get(inner)), show(y.get(inner))));
+                }
+            }
+            return Some((name.clone(), show(a), show(b)));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_the_differing_field() {
+        let a = Spec::from_caller(r#"{"vocab_size":100,"k":4,"extra":{"x":1}}"#).expect("a spec");
+        let b = Spec::from_caller(r#"{"k":4,"vocab_size":100,"extra":{"x":2}}"#).expect("a spec");
+        assert_eq!(a.difference(&b), Some(("extra.x".into(), "1".into(), "2".into())));
+        assert_eq!(a.difference(&a.clone()), None);
+        assert!(a.text.starts_with(r#"{"extra""#));
+    }
+
+    #[test]
+    fn refuses_impossible_sizes() {
+        for text in
+            ["[]", "{}", r#"{"vocab_size":0,"k":1}"#, r#"{"vocab_size":8,"k":9}"#, r#"{"vocab_size":1e9,"k":1}"#]
+        {
+            assert!(Spec::from_stored(text).is_err(), "{text}");
+        }
+        assert!(Spec::from_stored(r#"{"vocab_size":4294967296,"k":1}"#).is_err());
+    }
+}

@@ -1,0 +1,248 @@
+//! Verify reads everything and reports every problem; inspect sums up what the indexes say.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{json, Value};
+use xxhash_rust::xxh3::Xxh3Default;
+
+use crate::bytes::token_hash;
+use crate::error::{Error, Part, Result};
+use crate::files::{self, Source, OPEN};
+use crate::format::block::KIND_ROWS;
+use crate::format::name::shard_file;
+use crate::log::{self, open_dir, shards_dir, State};
+use crate::reader::{open_shard, Reader};
+use crate::rows::{Checker, Rows, RowsMut, STORED_MASS};
+use crate::shard::Shard;
+use crate::spec::Spec;
+
+/// One thing that is wrong: the file, the part of it, and a sentence.
+#[derive(Debug, Clone, Serialize)]
+pub struct Problem {
+    pub file: String,
+    pub part: String,
+    pub what: String,
+}
+
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Report {
+    pub ok: bool,
+    pub problems: Vec<Problem>,
+    pub shards: u64,
+    pub sequences: u64,
+    pub tokens: u64,
+    pub bytes: u64,
+    /// Open shards in the folder: of a living writer, or to be salvaged.
+    pub open_shards: u64,
+}
+
+fn problem(error: &Error, fallback: &str) -> Problem {
+    let (file, part, what) = match error {
+        Error::Damaged { file, part, what } => (file.clone(), part.to_string(), what.clone()),
+        Error::Unsupported { file, what } => (file.clone(), Part::Header.to_string(), what.clone()),
+        other => (fallback.to_string(), Part::File.to_string(), other.to_string()),
+    };
+    Problem { file, part, what }
+}
+
+/// Checks a whole cache: log, manifest, every byte of every shard, every row.
+pub fn verify(root: &Path) -> Report {
+    let mut report = Report::default();
+    match State::load(root) {
+        Ok(Some(state)) => verify_state(root, &state, &mut report),
+        Ok(None) => report.problems.push(Problem {
+            file: root.display().to_string(),
+            part: Part::File.to_string(),
+            what: "there is no cache here (no manifest.json and no log)".into(),
+        }),
+        Err(e) => report.problems.push(problem(&e, log::MANIFEST)),
+    }
+    report.ok = report.problems.is_empty();
+    report
+}
+
+fn verify_state(root: &Path, state: &State, report: &mut Report) {
+    for number in 0..state.compacted {
+        if let Err(e) = log::read_record(root, number) {
+            report.problems.push(problem(&e, "log"));
+        }
+    }
+    match state.gap(root) {
+        Ok(None) => {}
+        Ok(Some(n)) => {
+            let what = format!("record {n} is missing");
+            report.problems.push(Problem { file: "log".into(), part: Part::File.to_string(), what });
+        }
+        Err(e) => report.problems.push(problem(&e, "log")),
+    }
+    report.open_shards =
+        files::list(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count() as u64);
+    if let Err(e) = files::check_dir(&shards_dir(root)) {
+        report.problems.push(problem(&e, "shards"));
+        return;
+    }
+    let mut seen: HashMap<String, (u128, String)> = HashMap::new();
+    for entry in &state.shards {
+        report.shards += 1;
+        let shard = match open_shard(root, &entry.name, &state.spec) {
+            Ok(shard) => shard,
+            Err(e) => {
+                report.problems.push(problem(&e, &shard_file(&entry.name)));
+                continue;
+            }
+        };
+        let said = (shard.bytes, shard.footer.sequences.len() as u64, shard.footer.tokens());
+        if said != (entry.bytes, entry.sequences, entry.tokens) {
+            let what = format!("bytes, sequences and tokens are {said:?}, the log says {entry:?}");
+            report.problems.push(Problem { file: shard_file(&entry.name), part: Part::Index.to_string(), what });
+        }
+        report.bytes += shard.bytes;
+        for s in &shard.footer.sequences {
+            match seen.get(&s.key) {
+                None => {
+                    report.sequences += 1;
+                    report.tokens += u64::from(s.tokens);
+                    seen.insert(s.key.clone(), (s.content_hash, shard.name.clone()));
+                }
+                Some((hash, _)) if *hash == s.content_hash => {}
+                Some((_, there)) => {
+                    let what = format!("sequence {:?} has other content than in shard {there}", s.key);
+                    report.problems.push(Problem {
+                        file: shard_file(&shard.name),
+                        part: Part::Index.to_string(),
+                        what,
+                    });
+                }
+            }
+        }
+        verify_shard(root, &shard, &state.spec, report);
+    }
+}
+
+fn verify_shard(root: &Path, shard: &Shard, spec: &Spec, report: &mut Report) {
+    let path = shards_dir(root).join(shard_file(&shard.name));
+    let source = match files::open_regular(&path) {
+        Ok(source) => source,
+        Err(e) => {
+            report.problems.push(problem(&Error::io("open", &path)(e), &shard_file(&shard.name)));
+            return;
+        }
+    };
+    let mut checker = Checker::new(spec.vocab_size, spec.k, STORED_MASS);
+    let mut next = 0;
+    for sequence in 0..shard.footer.sequences.len() {
+        let blocks = next..next + shard.footer.sequences[sequence].blocks as usize;
+        next = blocks.end;
+        let found = verify_sequence(&source, shard, sequence, blocks, spec, &mut checker);
+        report.problems.extend(found.iter().map(|e| problem(e, &shard_file(&shard.name))));
+    }
+}
+
+// every damaged block of the sequence; its hashes are judged when all its blocks are whole
+fn verify_sequence(
+    source: &dyn Source,
+    shard: &Shard,
+    sequence: usize,
+    blocks: std::ops::Range<usize>,
+    spec: &Spec,
+    checker: &mut Checker,
+) -> Vec<Error> {
+    let entry = &shard.footer.sequences[sequence];
+    let file = shard_file(&shard.name);
+    let (mut problems, mut scratch, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
+    let mut content = Xxh3Default::new();
+    let mut first_row = 0;
+    let end = blocks.end;
+    for n in blocks {
+        let block = match shard.block(source, n, &mut scratch) {
+            Ok(block) => block,
+            Err(e) => {
+                problems.push(e);
+                continue;
+            }
+        };
+        if block.head.kind != KIND_ROWS {
+            continue;
+        }
+        let head = block.head;
+        let placed = head.key == entry.key && head.last == (n + 1 == end);
+        let in_order = !problems.is_empty() || head.first_row as usize == first_row;
+        let checked = if placed && in_order {
+            check_rows(&shard.header.codec, &block, spec, checker, &mut tokens)
+        } else {
+            Err(format!("{head:?} is not the block of sequence {:?} that belongs here", entry.key))
+        };
+        if let Err(what) = checked {
+            problems.push(Error::damaged(&file, Part::Block(n as u32), what));
+        }
+        content.update(block.payload);
+        first_row += head.rows as usize;
+    }
+    if problems.is_empty() && (token_hash(&tokens) != entry.token_hash || content.digest128() != entry.content_hash) {
+        let what = format!("the hashes of sequence {:?} differ from its blocks", entry.key);
+        problems.push(Error::damaged(&file, Part::Index, what));
+    }
+    problems
+}
+
+fn check_rows(
+    codec: &crate::codec::Codec,
+    block: &crate::format::block::Block<'_>,
+    spec: &Spec,
+    checker: &mut Checker,
+    all_tokens: &mut Vec<i32>,
+) -> std::result::Result<(), String> {
+    let (n, k) = (block.head.rows as usize, spec.k as usize);
+    if n as u64 * k as u64 > 1 << 24 && n > 1 {
+        return Err(format!("{n} rows of {k} entries in one block"));
+    }
+    let (mut tokens, mut ids) = (vec![0; n], vec![0; n * k]);
+    let (mut log_probs, mut log_rest) = (vec![0.0; n * k], vec![0.0; n]);
+    codec.decode_tokens(block.payload, block.head.shape(), &mut tokens)?;
+    let out = RowsMut { ids: &mut ids, log_probs: &mut log_probs, log_rest: &mut log_rest };
+    codec.decode(block.payload, block.head.shape(), out)?;
+    all_tokens.extend_from_slice(&tokens);
+    let rows = Rows { k, tokens: &tokens, ids: &ids, log_probs: &log_probs, log_rest: &log_rest };
+    checker.check(block.head.key, &rows, &mut Vec::new()).map_err(|e| e.to_string())
+}
+
+/// A summary for people and for `--json`.
+pub fn inspect(root: &Path) -> Result<Value> {
+    let reader = Reader::open(root)?;
+    let mut lengths: Vec<usize> = (0..reader.len()).map(|i| reader.tokens_of(i)).collect();
+    lengths.sort_unstable();
+    let at = |q: f64| lengths.get(((lengths.len().max(1) - 1) as f64 * q) as usize).copied().unwrap_or(0);
+    let entries: u64 = reader.shards.iter().map(|s| s.footer.entries()).sum();
+    let rows: u64 = reader.shards.iter().map(|s| s.footer.tokens()).sum();
+    let spec: Value = serde_json::from_str(&reader.spec().text).map_err(|e| Error::Refused(e.to_string()))?;
+    let shards: Vec<Value> = reader.shards.iter().map(shard_summary).collect();
+    let open = files::list(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count());
+    let per_token = |total: u64| if rows == 0 { 0.0 } else { total as f64 / rows as f64 };
+    Ok(json!({
+        "path": root.display().to_string(),
+        "spec": spec,
+        "sequences": reader.len(),
+        "tokens": reader.num_tokens(),
+        "bytes": reader.num_bytes(),
+        "bytes_per_token": per_token(reader.num_bytes()),
+        "entries_per_token": per_token(entries),
+        "sequence_tokens": {"min": at(0.0), "median": at(0.5), "p90": at(0.9), "max": at(1.0)},
+        "open_shards": open,
+        "shards": shards,
+    }))
+}
+
+fn shard_summary(shard: &Shard) -> Value {
+    let f = &shard.footer;
+    json!({
+        "name": shard.name,
+        "bytes": shard.bytes,
+        "blocks": f.blocks.len(),
+        "sequences": f.sequences.len(),
+        "tokens": f.tokens(),
+        "codec": shard.header.codec.name(),
+        "version": [crate::format::MAJOR, shard.header.minor],
+    })
+}
