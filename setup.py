@@ -6,6 +6,7 @@ Objects are named by the hash of all that went into them, so that a second build
 CXX, CXXFLAGS, LDFLAGS    as everywhere
 POTSTILL_CUDA             1: build _cuda or stop; 0: never; unset: when nvcc is found
 POTSTILL_CUDA_ARCHS       default "80 90a 100"
+POTSTILL_ISAS             which of base, avx2, avx512 to compile; default all that the processor family has
 POTSTILL_CSRC_INCLUDE     a folder whose files take the place of those of the same name in csrc/
 """
 
@@ -36,7 +37,6 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
-ISAS = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"base": ""}
 
 
 class Job(NamedTuple):
@@ -49,6 +49,15 @@ class Job(NamedTuple):
 
 def stop(sentence: str) -> NoReturn:
     sys.exit(f"potstill: {sentence}")
+
+
+def find_isas() -> dict[str, str]:
+    """Instruction set -> compiler flags; base is always among them."""
+    known = X86_ISAS if platform.machine().lower() in ("x86_64", "amd64") else {"base": ""}
+    wanted = os.environ.get("POTSTILL_ISAS", " ".join(known)).replace(",", " ").split()
+    if strange := [isa for isa in wanted if isa not in known]:
+        stop(f"POTSTILL_ISAS names {', '.join(strange)}; this machine's compiler knows {', '.join(known)}.")
+    return {isa: flags for isa, flags in known.items() if isa in wanted or isa == "base"}
 
 
 def find_cxx() -> list[str]:
@@ -133,7 +142,8 @@ class BuildNative(build_ext):
 
     def cpp_jobs(self, flags: list[str]) -> tuple[list[Job], list[str]]:
         jobs = []
-        have = [f"-DPOTSTILL_HAVE_{isa.upper()}" for isa in ISAS if isa != "base"]
+        isas = find_isas()
+        have = [f"-DPOTSTILL_HAVE_{isa.upper()}" for isa in isas if isa != "base"]
         for source in sorted(self.sources.glob("*.cpp")):
             if "cuda" in source.name:
                 continue
@@ -141,7 +151,7 @@ class BuildNative(build_ext):
             if not source.stem.endswith("_isa"):
                 jobs.append(Job(command, source, source.name))
                 continue
-            for isa, isa_flags in ISAS.items():
+            for isa, isa_flags in isas.items():
                 defines = [f"-DPOTSTILL_ISA={isa}", f"-DPOTSTILL_ISA_{isa.upper()}=1"]
                 jobs.append(Job([*command, *isa_flags.split(), *defines], source, f"{source.name} [{isa}]"))
         return jobs, []
