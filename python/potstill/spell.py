@@ -21,7 +21,8 @@ BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.BitAnd: "
 COMPARE = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.NotEq: "!="}
 HEADER = """\
 // Made from python/potstill/divergences.py by `python -m potstill.spell`; do not edit.
-// Needs: POTSTILL_FN (function attributes), two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp, expm1, log1p, where.
+// The table comes first, X(name, parameters). The functions follow where POTSTILL_FN (function attributes) is defined; they
+// need two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp, expm1, log1p, where.
 """
 
 
@@ -99,12 +100,13 @@ def cpp_function(function: Callable[..., Any]) -> str:
 
 
 def cpp_source() -> str:
-    """csrc/divergences.inc: every helper and formula of the table, then the table as an X-macro X(name, parameters)."""
+    """csrc/divergences.inc: the table as an X-macro X(name, parameters), then every helper and formula of it."""
     functions: list[Callable[..., Any]] = []
     for entry in divergences.TABLE.values():
         functions += [f for f in [*helpers(entry.formula), entry.formula] if f not in functions]
-    table = " ".join(f"X({d.name}, {len(d.parameters)})" for d in divergences.TABLE.values())
-    return "\n".join([HEADER, *map(cpp_function, functions), f"#define POTSTILL_DIVERGENCES(X) {table}"]) + "\n"
+    lines = [f"  X({d.name}, {len(d.parameters)})" for d in divergences.TABLE.values()]
+    table = "#define POTSTILL_DIVERGENCES(X) \\\n" + " \\\n".join(lines) + "\n"
+    return "\n".join([HEADER, table, "#ifdef POTSTILL_FN\n", *map(cpp_function, functions), "#endif\n"])
 
 
 if __name__ == "__main__":

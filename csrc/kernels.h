@@ -1,0 +1,64 @@
+// What the instruction-set builds (*_isa.cpp) offer to the bindings. No torch: addresses, sizes, strides in elements.
+#pragma once
+#include <cstdint>
+
+namespace potstill {
+
+enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// Raw logits x become z = softcap * tanh(scale * x / softcap), or scale * x where softcap is 0.
+struct Side {
+  const void* data;
+  int64_t stride;  // elements from row to row; columns are dense
+  Dtype dtype;
+  int64_t vocab;  // columns that are real; the others are padding
+  double scale, softcap;
+};
+
+// One call's rows; see potstill/rows.py for the meaning. Results and coef are fp64 where the student is, else fp32.
+struct Rows {
+  int64_t rows, columns;  // columns: the student's physical width
+  Side student;
+  const void* coef;       // [rows]
+  const int64_t* labels;  // [rows] or null
+  int divergence;
+  double params[2];
+  double centre, temperature, distill_weight, ce_weight;
+  void* grad;  // [rows, columns] of the student's dtype, may be the student's own memory; or null
+  int64_t grad_stride;
+  void* out;  // [2, rows]
+};
+
+enum class Tail : int { bucket = 0, renormalize = 1, drop = 2 };
+
+struct DenseRows : Rows {
+  Side teacher;
+};
+
+struct SparseRows : Rows {
+  const int64_t* ids;     // [rows, k], -1 for a missing entry
+  const void* log_probs;  // [rows, k], as coef
+  const void* log_rest;   // [rows], as coef; null unless tail is bucket
+  int64_t k;
+  Tail tail;
+};
+
+struct TopkRows {
+  int64_t rows, k;
+  Side logits;
+  int32_t* ids;                           // [rows, k]
+  void *log_probs, *log_rest, *lse;       // [rows, k], [rows], [rows]; fp64 for fp64 logits, else fp32
+};
+
+// The entry points of one instruction set; each handles rows [begin, end).
+struct Kernels {
+  const char* name;
+  void (*dense)(const DenseRows&, int64_t begin, int64_t end);
+  void (*sparse)(const SparseRows&, int64_t begin, int64_t end);
+  void (*topk)(const TopkRows&, int64_t begin, int64_t end);
+};
+
+// Index of a divergence in the compiled table, or -1.
+int find_divergence(const char* name, int* parameters);
+
+}  // namespace potstill

@@ -1,0 +1,32 @@
+"""CPU kernels over raw addresses (csrc/bindings.cpp); use them through potstill's ops.
+
+A side is (address, row stride in elements, dtype 0 fp32 | 1 fp64 | 2 bf16 | 3 fp16, vocab, scale, softcap or 0).
+An objective is (divergence, parameters, centre, temperature, distill_weight, ce_weight). An address of 0 means absent.
+"""
+
+_Side = tuple[int, int, int, int, float, float]
+_Objective = tuple[str, list[float], float, float, float, float]
+
+def dense_rows(
+    rows: int, columns: int, student: _Side, teacher: _Side, coef: int, labels: int, objective: _Objective,
+    grad: int, grad_stride: int, out: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def sparse_rows(
+    rows: int, columns: int, student: _Side, ids: int, log_probs: int, log_rest: int, k: int, tail: int, coef: int,
+    labels: int, objective: _Objective, grad: int, grad_stride: int, out: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def topk(rows: int, logits: _Side, k: int, ids: int, log_probs: int, log_rest: int, lse: int, threads: int, /) -> None: ...
+def divergences() -> dict[str, int]:
+    """Compiled divergences and the number of their parameters."""
+
+def compiled_isas() -> list[str]:
+    """Instruction sets in this build, best first."""
+
+def usable_isas() -> list[str]:
+    """Those of them that this processor has, best first."""
+
+def isa() -> str:
+    """The instruction set in use."""
+
+def use_isa(name: str, /) -> None:
+    """Use another one (tests and benchmarks). Raises ValueError when it is not usable here."""
