@@ -48,6 +48,14 @@ class Cache:
     def length(self, key: str) -> int: ...
     def token_hash(self, key: str) -> int: ...
     def read_tokens(self, key: str, out: NDArray[np.int32]) -> None: ...
+    def read(
+        self,
+        key: str,
+        tokens: NDArray[np.int32],
+        ids: NDArray[np.int32],
+        log_probs: NDArray[np.float32],
+        log_rest: NDArray[np.float32],
+    ) -> None: ...
     def read_batch(
         self,
         keys: list[str],

@@ -1,4 +1,5 @@
-"""The teacher cache: write a teacher's top-k rows once, read them for years, verified against the tokens they belong to.
+"""The teacher cache: write a teacher's top-k rows once, read them for years, verified against the tokens
+they belong to.
 
     spec = cache.Spec(vocab_size=49152, k=64, teacher="SmolLM2-135M-Instruct", tokenizer="...")
     with cache.Writer("rows", spec) as w:
@@ -6,7 +7,8 @@
     rows = cache.open("rows")
     rows[key].topk;  rows.batch(keys, tokens=token_lists)
 
-Importing this needs numpy and the Rust extension, not torch; torch is imported by the methods that return tensors.
+Importing this needs numpy and the Rust extension, not torch; torch is imported by the methods that return
+tensors.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def as_numpy(value: Any, name: str) -> NDArray[Any]:
-    """A numpy view of a tensor (any device), array or nested list; floating tensors below fp32 become fp32."""
+    """A numpy view of a tensor (any device), array or nested list; floats below fp32 become fp32."""
     if hasattr(value, "detach"):  # a torch tensor, without importing torch
         value = value.detach()
         if value.is_floating_point() and value.element_size() < 4:

@@ -16,6 +16,9 @@ from potstill.cache.spec import Spec
 from potstill.cache.tools import Report, verify_cache
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from potstill.teachers import TopK
 
 Arrays = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
@@ -23,8 +26,8 @@ Arrays = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArra
 
 @dataclass(frozen=True)
 class CachedSequence:
-    """One sequence: tokens int32 [L] and topk with torch CPU tensors ids [L, K] int32, log_probs [L, K] fp32 and log_rest
-    [L] fp32. Row i is the teacher's distribution of the token after tokens[0..i]."""
+    """One sequence: tokens int32 [L] and topk with torch CPU tensors ids [L, K] int32, log_probs [L, K]
+    fp32 and log_rest [L] fp32. Row i is the teacher's distribution of the token after tokens[0..i]."""
 
     key: str
     tokens: NDArray[np.int32]
@@ -32,8 +35,8 @@ class CachedSequence:
 
 
 class Cache:
-    """A cache open for reading; made by `potstill.cache.open`. Safe to share with forked and spawned workers and between
-    threads. It sees the sequences that were committed when it was opened."""
+    """A cache open for reading; made by `potstill.cache.open`. Safe to share with forked and spawned
+    workers and between threads. It sees the sequences that were committed when it was opened."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -85,7 +88,8 @@ class Cache:
     def numpy(self, key: str) -> Arrays:
         """(tokens int32 [L], ids int32 [L, K], log_probs fp32 [L, K], log_rest fp32 [L]); needs no torch.
 
-        Missing entries are id -1 with log_prob -inf. Raises KeyError; CacheError naming shard and block for damage.
+        Missing entries are id -1 with log_prob -inf. Raises KeyError; CacheError naming shard and block
+        for damage.
         """
         n, k = self.length(key), self.spec.k
         ids, log_probs, log_rest = (
@@ -108,16 +112,17 @@ class Cache:
     def batch(
         self, keys: Sequence[str], tokens: Sequence[Any] | None = None, out: TopK | None = None
     ) -> TopK:
-        """Rows of B sequences, padded to the longest: TopK with ids [B, L, K], log_probs [B, L, K] and log_rest [B, L].
+        """Rows of B sequences, padded to the longest: TopK with ids [B, L, K], log_probs [B, L, K] and
+        log_rest [B, L].
 
-        tokens: B integer sequences (tensors, arrays or lists), each equal to the cached tokens or a prefix of them; the
-            prefix's rows alone are then decoded. Any difference raises TokenMismatch, a ValueError that names sequence
-            and first differing position (attributes key and position).
-        out: a TopK of contiguous CPU tensors (ids int32, log_probs and log_rest fp32; pinned memory too) of B sequences
-            and at least L rows, which is filled and returned.
+        tokens: B integer sequences (tensors, arrays or lists), each equal to the cached tokens or a prefix
+            of them; the prefix's rows alone are then decoded. Any difference raises TokenMismatch, a
+            ValueError that names sequence and first differing position (attributes key and position).
+        out: a TopK of contiguous CPU tensors (ids int32, log_probs and log_rest fp32; pinned memory too)
+            of B sequences and at least L rows, which is filled and returned.
 
-        Padding rows have ids -1, log_probs -inf and log_rest 0. Raises KeyError for an unknown key and CacheError naming
-        shard and block for damage.
+        Padding rows have ids -1, log_probs -inf and log_rest 0. Raises KeyError for an unknown key and
+        CacheError naming shard and block for damage.
         """
         import torch
 
@@ -136,8 +141,9 @@ class Cache:
                 log_rest=torch.empty((b, n), dtype=torch.float32),
             )
         n = _check_out(out, b, max(rows, default=0), k)
-        buffers = (out.ids, out.log_probs, out.log_rest)
-        self._rust.read_batch(keys, rows, n, *(t.view(-1).numpy() for t in buffers), given)
+        ids, log_probs = out.ids.view(-1).numpy(), out.log_probs.view(-1).numpy()
+        assert out.log_rest is not None
+        self._rust.read_batch(keys, rows, n, ids, log_probs, out.log_rest.view(-1).numpy(), given)
         return out
 
     def _given(self, keys: list[str], tokens: Sequence[Any] | None) -> list[NDArray[np.int32]] | None:
@@ -157,30 +163,29 @@ def _check_out(out: TopK, b: int, n: int, k: int) -> int:
 
     if out.log_rest is None:
         raise ValueError("out.log_rest is None; give a TopK of three buffers")
-    wanted = {
-        "ids": (out.ids, torch.int32),
-        "log_probs": (out.log_probs, torch.float32),
-        "log_rest": (out.log_rest, torch.float32),
-    }
     rows = out.log_rest.shape[1] if out.log_rest.dim() == 2 else -1
-    for name, (tensor, dtype) in wanted.items():
-        shape = (b, rows) if name == "log_rest" else (b, rows, k)
-        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise ValueError(
-                f"out.{name} is {tensor.dtype} on {tensor.device}"
-                f"{'' if tensor.is_contiguous() else ', not contiguous'}; a contiguous {dtype} tensor on the CPU is accepted"
-            )
-        if tuple(tensor.shape) != shape or rows < n:
-            raise ValueError(
-                f"out.{name} has shape {tuple(tensor.shape)}, [{b}, at least {n}{f', {k}' * (name != 'log_rest')}] is needed"
-            )
+    _check_buffer("ids", out.ids, torch.int32, (b, rows, k), n)
+    _check_buffer("log_probs", out.log_probs, torch.float32, (b, rows, k), n)
+    _check_buffer("log_rest", out.log_rest, torch.float32, (b, rows), n)
     return rows
+
+
+def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...], n: int) -> None:
+    if buffer.dtype != dtype or buffer.device.type != "cpu" or not buffer.is_contiguous():
+        layout = "" if buffer.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"out.{name} is {buffer.dtype} on {buffer.device}{layout}; a contiguous {dtype} tensor on the CPU "
+            "is accepted"
+        )
+    if tuple(buffer.shape) != shape or shape[1] < n:
+        needed = [shape[0], f"at least {n}", *shape[2:]]
+        raise ValueError(f"out.{name} has shape {list(buffer.shape)}, {needed} is needed")
 
 
 def open(path: str | os.PathLike[str]) -> Cache:
     """Opens a cache folder for reading.
 
-    Raises CacheError when there is no cache, or a header, index, record or manifest is damaged (naming the file), or it
-    needs a newer potstill.
+    Raises CacheError when there is no cache, or a header, index, record or manifest is damaged (naming the
+    file), or it needs a newer potstill.
     """
     return Cache(path)

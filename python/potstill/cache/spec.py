@@ -1,4 +1,5 @@
-"""What a cache holds: vocabulary, k, and whose rows they are. Stored with the cache and bound to every shard by its hash."""
+"""What a cache holds: vocabulary, k, and whose rows they are. Stored with the cache and bound to every
+shard by its hash."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ class Problem:
 class Report:
     """What verify found: ok, problems, and the sequences, tokens and bytes (of shards) that were read.
 
-    open_shards counts shards not yet committed: of a living writer, or of one that died (resume or recover takes them over).
+    open_shards counts shards not yet committed: of a living writer, or of one that died (resume or recover
+    takes them over).
     """
 
     ok: bool
@@ -42,22 +43,24 @@ class Report:
 
 
 def verify_cache(path: str | os.PathLike[str]) -> Report:
-    """Reads every byte of the cache at `path` and checks every checksum, hash and row. Damage is reported, never raised."""
+    """Reads every byte of the cache at `path` and checks every checksum, hash and row. Damage is reported,
+    never raised."""
     found = json.loads(_rust.verify(os.fspath(path)))
     return Report(**{**found, "problems": [Problem(**p) for p in found["problems"]]})
 
 
 def inspect_cache(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A summary from the indexes: path, spec, sequences, tokens, bytes, bytes_per_token, entries_per_token,
-    sequence_tokens (min, median, p90, max), open_shards, shards (a list of dicts). Raises CacheError for damage."""
+    sequence_tokens (min, median, p90, max), open_shards, shards (a list of dicts). Raises CacheError for
+    damage."""
     return json.loads(_rust.inspect(os.fspath(path)))
 
 
 def recover_cache(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Repairs a cache that no writer has open: takes over whole sequences of torn and damaged shards, puts the damaged
-    files aside in PATH/damaged, and writes the manifest anew.
+    """Repairs a cache that no writer has open: takes over whole sequences of torn and damaged shards, puts
+    the damaged files aside in PATH/damaged, and writes the manifest anew.
 
-    Returns files, sequences and tokens that were salvaged, known (sequences the cache held already) and lost, a list with
-    one line for each thing that was damaged or put aside.
+    Returns files, sequences and tokens that were salvaged, known (sequences the cache held already) and
+    lost, a list with one line for each thing that was damaged or put aside.
     """
     return json.loads(_rust.recover(os.fspath(path)))

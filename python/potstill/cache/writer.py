@@ -14,15 +14,18 @@ from potstill.cache.spec import Spec
 class Writer:
     """Writes sequences of teacher rows into a cache folder.
 
-    path: a new, empty or (resume=True) existing cache folder. Several writers, in several processes, may share one.
-    resume: continue an existing cache of an equal spec; whole sequences of writers that died are taken over. False
-        refuses an existing cache.
-    shard_bytes: a shard is committed when it reaches this size; a kill loses at most the sequence being written and a
-        power failure at most the open shard.
+    path: a new, empty or (resume=True) existing cache folder. Several writers, in several processes, may
+        share one.
+    resume: continue an existing cache of an equal spec; whole sequences of writers that died are taken
+        over. False refuses an existing cache.
+    shard_bytes: a shard is committed when it reaches this size; a kill loses at most the sequence being
+        written and a power failure at most the open shard.
 
-    A with-block commits and closes at its end; left by an exception it commits what is whole, and the exception goes on.
-    Raises CacheError when the folder is not a cache, is damaged, or has another spec (naming the field); OSError when the
-    system refuses, with everything committed so far intact.
+    A with-block commits and closes at its end; left by an exception it commits what is whole, and the
+    exception goes on.
+
+    Raises CacheError when the folder is not a cache, is damaged, or has another spec
+    (naming the field); OSError when the system refuses, with everything committed so far intact.
     """
 
     def __init__(
@@ -40,20 +43,21 @@ class Writer:
         """Adds a sequence: row i is the teacher's distribution of the token after tokens[0..i].
 
         key: 1 to 512 bytes of UTF-8. tokens: [L] integers (tensor, array or list), L >= 1.
-        topk: anything with ids [L, K] integers, log_probs [L, K] and log_rest [L], K <= spec.k; each row in descending
-            log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf.
+        topk: anything with ids [L, K] integers, log_probs [L, K] and log_rest [L], K <= spec.k; each row
+            in descending log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf.
 
         Returns False, and writes nothing, when the key is there already with equal content.
-        Raises ValueError naming key, row and value: other content under a known key, wrong shapes, ids outside the
-        vocabulary or twice in a row, NaN, a log-probability above 1e-3, a row whose mass is above 1 + 1e-3.
+        Raises ValueError naming key, row and value: other content under a known key, wrong shapes, ids
+        outside the vocabulary or twice in a row, NaN, a log-probability above 1e-3, a row whose mass is
+        above 1 + 1e-3.
         """
         if not isinstance(key, str):
             raise TypeError(f"key is a {type(key).__name__}, a str is accepted")
         rest = getattr(topk, "log_rest", None)
         if rest is None:
             raise ValueError(
-                f"sequence {key!r}: topk.log_rest is missing; a cache keeps the log mass outside the entries of each row "
-                "(potstill.topk gives it; for renormalised rows it is -inf)"
+                f"sequence {key!r}: topk.log_rest is missing; a cache keeps the log mass outside the entries "
+                "of each row (potstill.topk gives it; for renormalised rows it is -inf)"
             )
         return self._rust.add(
             key,

@@ -1,6 +1,7 @@
 //! The reader: an index in memory, positioned reads, decoding into caller memory. It holds no thread and no lock that a
 //! forked child could find taken.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -224,17 +225,43 @@ impl Reader {
     /// The first `out.len()` tokens of a sequence, without decoding rows.
     pub fn read_tokens(&self, sequence: usize, out: &mut [i32]) -> Result<()> {
         let rows = out.len();
-        self.visit(sequence, rows, &mut Vec::new(), |shard, block, first, n| {
-            shard.header.codec.decode_tokens(block.payload, block.head.shape(), &mut out[first..first + n])
+        with_scratch(|scratch| {
+            self.visit(sequence, rows, scratch, |shard, block, first, n| {
+                shard.header.codec.decode_tokens(block.payload, block.head.shape(), &mut out[first..first + n])
+            })
         })
     }
 
-    /// Decodes the first `wanted.rows` rows into `out`, comparing `wanted.tokens` with the cached ones on the way.
-    pub fn read(&self, wanted: &Wanted<'_>, out: RowsMut<'_>, scratch: &mut Vec<u8>) -> Result<()> {
-        let (rows, k) = (wanted.rows, self.spec.k as usize);
-        if out.log_rest.len() != rows || out.ids.len() != rows * k || out.log_probs.len() != rows * k {
-            return Err(Error::Refused(format!("the output does not hold {rows} rows of {k} entries")));
+    /// Decodes tokens and rows of a whole sequence.
+    pub fn read_sequence(&self, sequence: usize, tokens: &mut [i32], mut out: RowsMut<'_>) -> Result<()> {
+        let rows = tokens.len();
+        self.check_size(rows, &out)?;
+        let k = self.spec.k as usize;
+        with_scratch(|scratch| {
+            self.visit(sequence, rows, scratch, |shard, block, first, n| {
+                let codec = &shard.header.codec;
+                codec.decode_tokens(block.payload, block.head.shape(), &mut tokens[first..first + n])?;
+                codec.decode(block.payload, block.head.shape(), out.part(k, first, first + n))
+            })
+        })
+    }
+
+    fn check_size(&self, rows: usize, out: &RowsMut<'_>) -> Result<()> {
+        let k = self.spec.k as usize;
+        if out.log_rest.len() == rows && out.ids.len() == rows * k && out.log_probs.len() == rows * k {
+            return Ok(());
         }
+        Err(Error::Refused(format!(
+            "the output holds {} ids, {} log_probs and {} log_rest; {rows} rows of {k} entries are to be decoded",
+            out.ids.len(),
+            out.log_probs.len(),
+            out.log_rest.len()
+        )))
+    }
+
+    /// Decodes the first `wanted.rows` rows into `out`, comparing `wanted.tokens` with the cached ones on the way.
+    fn read(&self, wanted: &Wanted<'_>, mut out: RowsMut<'_>, scratch: &mut Vec<u8>) -> Result<()> {
+        let (rows, k) = (wanted.rows, self.spec.k as usize);
         let mut cached = Vec::new();
         let mut differs = None;
         if let Some(given) = wanted.tokens {
@@ -256,12 +283,7 @@ impl Reader {
             if differs.is_some() {
                 return Ok(());
             }
-            let part = RowsMut {
-                ids: &mut out.ids[first * k..(first + n) * k],
-                log_probs: &mut out.log_probs[first * k..(first + n) * k],
-                log_rest: &mut out.log_rest[first..first + n],
-            };
-            codec.decode(block.payload, block.head.shape(), part)
+            codec.decode(block.payload, block.head.shape(), out.part(k, first, first + n))
         })?;
         let Some(given) = wanted.tokens else { return Ok(()) };
         let mismatch = |position: usize, given: String, cached: String| {
@@ -277,29 +299,34 @@ impl Reader {
     }
 
     /// Decodes B sequences into [B, length, k] buffers and fills the rest of each with missing rows.
-    pub fn read_batch(&self, wanted: &[Wanted<'_>], length: usize, out: RowsMut<'_>) -> Result<()> {
+    pub fn read_batch(&self, wanted: &[Wanted<'_>], length: usize, mut out: RowsMut<'_>) -> Result<()> {
         let k = self.spec.k as usize;
-        let rows = wanted.len() * length;
-        if out.log_rest.len() != rows || out.ids.len() != rows * k || out.log_probs.len() != rows * k {
-            let what = format!("the output does not hold {} sequences of {length} rows of {k} entries", wanted.len());
-            return Err(Error::Refused(what));
-        }
-        let mut scratch = Vec::new();
-        for (b, w) in wanted.iter().enumerate() {
-            if w.rows > length {
-                return Err(Error::Refused(format!("sequence {b} has {} rows, the output holds {length}", w.rows)));
+        self.check_size(wanted.len() * length, &out)?;
+        with_scratch(|scratch| {
+            for (b, w) in wanted.iter().enumerate() {
+                if w.rows > length {
+                    return Err(Error::Refused(format!("sequence {b} has {} rows, the output holds {length}", w.rows)));
+                }
+                let (start, split, end) = (b * length, b * length + w.rows, (b + 1) * length);
+                self.read(w, out.part(k, start, split), scratch)?;
+                let padding = out.part(k, split, end);
+                padding.ids.fill(-1);
+                padding.log_probs.fill(f32::NEG_INFINITY);
+                padding.log_rest.fill(0.0);
             }
-            let (start, split, end) = (b * length, b * length + w.rows, (b + 1) * length);
-            let part = RowsMut {
-                ids: &mut out.ids[start * k..split * k],
-                log_probs: &mut out.log_probs[start * k..split * k],
-                log_rest: &mut out.log_rest[start..split],
-            };
-            self.read(w, part, &mut scratch)?;
-            out.ids[split * k..end * k].fill(-1);
-            out.log_probs[split * k..end * k].fill(f32::NEG_INFINITY);
-            out.log_rest[split..end].fill(0.0);
-        }
-        Ok(())
+            Ok(())
+        })
     }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+// one block buffer per thread: a fresh one for each call costs as much as decoding into it
+fn with_scratch<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    let mut scratch = SCRATCH.take();
+    let done = work(&mut scratch);
+    SCRATCH.set(scratch);
+    done
 }

@@ -26,6 +26,17 @@ pub struct RowsMut<'a> {
     pub log_rest: &'a mut [f32],
 }
 
+impl RowsMut<'_> {
+    /// The memory of rows `first..end` of k entries.
+    pub fn part(&mut self, k: usize, first: usize, end: usize) -> RowsMut<'_> {
+        RowsMut {
+            ids: &mut self.ids[first * k..end * k],
+            log_probs: &mut self.log_probs[first * k..end * k],
+            log_rest: &mut self.log_rest[first..end],
+        }
+    }
+}
+
 impl<'a> Rows<'a> {
     pub fn len(&self) -> usize {
         self.tokens.len()

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use numpy::{PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{PyReadonlyArray1, PyReadwriteArray1, PyReadwriteArray2};
 use potstill_core::reader::{Reader, Wanted};
 use potstill_core::{verify as tools, RowsMut};
 use pyo3::prelude::*;
@@ -68,6 +68,25 @@ impl Cache {
         let out = out.as_slice_mut()?;
         let read = || self.inner.read_tokens(self.inner.require(key)?, out);
         py.detach(read).map_err(|e| to_python(py, e))
+    }
+
+    /// Decodes a whole sequence into tokens [L], ids [L, k], log_probs [L, k] and log_rest [L].
+    fn read(
+        &self,
+        py: Python<'_>,
+        key: &str,
+        mut tokens: PyReadwriteArray1<'_, i32>,
+        mut ids: PyReadwriteArray2<'_, i32>,
+        mut log_probs: PyReadwriteArray2<'_, f32>,
+        mut log_rest: PyReadwriteArray1<'_, f32>,
+    ) -> PyResult<()> {
+        let tokens = tokens.as_slice_mut()?;
+        let out = RowsMut {
+            ids: ids.as_slice_mut()?,
+            log_probs: log_probs.as_slice_mut()?,
+            log_rest: log_rest.as_slice_mut()?,
+        };
+        py.detach(|| self.inner.read_sequence(self.inner.require(key)?, tokens, out)).map_err(|e| to_python(py, e))
     }
 
     /// Decodes B sequences into flat [B * length * k] and [B * length] memory; rows[b] of sequence b, the rest is filled

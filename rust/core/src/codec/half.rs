@@ -5,17 +5,15 @@ pub const INFINITE: u16 = 0x7c00;
 const LARGEST: f32 = 65504.0;
 
 /// Round to nearest even; finite values above 65504 become 65504 (their probability is 0 in every float type).
+#[inline]
 pub fn encode(surprisal: f32) -> u16 {
-    if surprisal == f32::INFINITY {
-        return INFINITE;
-    }
-    let value = surprisal.clamp(0.0, LARGEST).abs(); // abs: clamp lets -0.0 through
+    let value = surprisal.max(0.0).min(LARGEST).abs(); // abs: max may let -0.0 through
     let bits = value.to_bits();
-    if bits < 0x3880_0000 {
-        // below 2^-14: adding 0.5 leaves round(value * 2^24) in the low mantissa bits
-        return ((value + 0.5).to_bits() - 0.5f32.to_bits()) as u16;
-    }
-    ((bits + 0xfff + ((bits >> 13) & 1) - (112 << 23)) >> 13) as u16
+    // below 2^-14 adding 0.5 leaves round(value * 2^24) in the low mantissa bits
+    let tiny = (value + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let normal = bits.wrapping_add(0xfff + ((bits >> 13) & 1)).wrapping_sub(112 << 23) >> 13;
+    let finite = if bits < 0x3880_0000 { tiny } else { normal };
+    (if surprisal == f32::INFINITY { u32::from(INFINITE) } else { finite }) as u16
 }
 
 /// The log-probability of an encoded surprisal in `0..=INFINITE`.

@@ -68,9 +68,9 @@ impl Plain {
             pad(out);
             put_surprisals((0..n).flat_map(|i| &rows.log_probs[kept(i)]), out);
         } else {
-            pack(rows.ids.iter().map(|id| *id as u32), self.id_bits, out);
+            pack_ids(rows.ids, self.id_bits, out);
             pad(out);
-            put_surprisals(rows.log_probs.iter(), out);
+            put_full(rows.log_probs, out);
         }
         pad(out);
     }
@@ -173,6 +173,25 @@ fn spare_bits(bytes: &[u8], n: usize, bits: u32) -> Result<(), String> {
     match bytes.last() {
         Some(last) if used != 0 && last >> used != 0 => Err("padding bits are not zero".to_string()),
         _ => Ok(()),
+    }
+}
+
+fn pack_ids(ids: &[i32], bits: u32, out: &mut Vec<u8>) {
+    if bits != 16 {
+        return pack(ids.iter().map(|id| *id as u32), bits, out);
+    }
+    let start = out.len();
+    out.resize(start + ids.len() * 2, 0);
+    for (pair, id) in out[start..].chunks_exact_mut(2).zip(ids) {
+        pair.copy_from_slice(&(*id as u16).to_le_bytes());
+    }
+}
+
+fn put_full(log_probs: &[f32], out: &mut Vec<u8>) {
+    let start = out.len();
+    out.resize(start + log_probs.len() * 2, 0);
+    for (pair, lp) in out[start..].chunks_exact_mut(2).zip(log_probs) {
+        pair.copy_from_slice(&half::encode(-*lp).to_le_bytes());
     }
 }
 
