@@ -48,7 +48,7 @@ class Divergence:
         """The `c` for which `term + c * (q - p)` has zero slope where q = p.
 
         Over complete distributions that addition sums to nothing, but entry by entry it removes the first-order part,
-        so near q = p a sum in fp32 neither cancels nor falls below zero.
+        so that near q = p a sum in fp32 does not cancel.
         """
         return float(self.centre_of(*self.values))
 

@@ -1,0 +1,51 @@
+"""Shared fixtures: devices, poisoned allocations, and the oracle's tolerance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin hold NaN, so that a value nobody wrote cannot pass for a result."""
+
+    def poison(original):
+        def allocate(*args, **kwargs):
+            out = original(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return allocate
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture
+def no_worse():
+    """no_worse(got, plain, truth): got's error against fp64 is at most 3 times plain torch's, plus a floor.
+
+    The floor is `floor` times the largest value of the truth: a few roundings of the compute type.
+    """
+
+    def check(got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, floor: float = 2e-6) -> None:
+        truth = truth.double()
+        assert not got.isnan().any(), f"NaN in {got}"
+        error = (got.double() - truth).abs().max().item()
+        allowed = 3 * (plain.double() - truth).abs().max().item() + floor * truth.abs().max().item() + 1e-30
+        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+    return check
