@@ -6,10 +6,10 @@ arrives as a constexpr device function, so no kernel knows any divergence. Memor
     sparse   1 max and sum of the student  - K entries in registers  2 gradient, then the K entries over it
 A program reads a student column last when it writes that column's gradient, so `grad` may be `student`.
 
-The rest of a bucket row is summed from the columns that are not among the K: pass 1 leaves the members out and
-adds them afterwards, so nothing is subtracted and log(rest) is exact down to the smallest rest. Members are
-found by walking ids sorted beforehand, one comparison of the block per member: about 2 of 64 fall in a block of
-4096, and no scratch of the size of the row is needed.
+The rest of a bucket row is summed from the columns that are not among the K: pass 1 leaves the members out
+and adds them afterwards, so nothing is subtracted and log(rest) is exact down to the smallest rest. Members are
+found by walking ids sorted beforehand, one comparison of the block per member: about 2 of 64 fall in a block
+of 4096, and no scratch of the size of the row is needed.
 """
 
 from __future__ import annotations

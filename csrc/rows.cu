@@ -1,0 +1,111 @@
+// The row kernels in CUDA: one block of threads a row, the logic in cuda_row_logic.h, a kernel for each formula.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <type_traits>
+
+#include "cuda_row_logic.h"
+#include "cuda_rows.h"
+
+namespace potstill {
+namespace gpu {
+
+constexpr int kThreads = 512;  // 4096 columns at a time
+constexpr int kWarps = kThreads / 32;
+
+struct DeviceBlock {
+  int thread, threads;
+  char* memory;
+  float* slots;  // [kWarps + 1][3] in shared memory
+
+  __device__ void sync() const { __syncthreads(); }
+
+  template <class T, class Op>
+  __device__ T reduce(T x, Op op) const {
+    constexpr int n = sizeof(T) / sizeof(float);
+    static_assert(std::is_trivially_copyable_v<T> && n <= 3);
+    for (int offset = 16; offset; offset /= 2) {
+      float words[n];
+      memcpy(words, &x, sizeof(T));
+      for (int i = 0; i < n; ++i) words[i] = __shfl_down_sync(0xffffffff, words[i], offset);
+      T other;
+      memcpy(&other, words, sizeof(T));
+      x = op(x, other);
+    }
+    if (thread % 32 == 0) memcpy(slots + thread / 32 * 3, &x, sizeof(T));
+    __syncthreads();
+    if (thread == 0) {
+      for (int warp = 1; warp < kWarps; ++warp) {
+        T other;
+        memcpy(&other, slots + warp * 3, sizeof(T));
+        x = op(x, other);
+      }
+      memcpy(slots + kWarps * 3, &x, sizeof(T));
+    }
+    __syncthreads();  // the next reduction writes other slots before it reaches its own first barrier
+    memcpy(&x, slots + kWarps * 3, sizeof(T));
+    return x;
+  }
+};
+
+template <class F>
+__global__ void __launch_bounds__(kThreads, 2) dense_rows_kernel(const DenseRows call, const Dtype grad, const F formula) {
+  __shared__ float slots[(kWarps + 1) * 3];
+  DeviceBlock block{static_cast<int>(threadIdx.x), kThreads, nullptr, slots};
+  dense_row(block, call, grad, formula, static_cast<int64_t>(blockIdx.x));
+}
+
+template <class F>
+__global__ void __launch_bounds__(kThreads, 2) sparse_rows_kernel(const SparseRows call, const Dtype grad, const F formula) {
+  __shared__ float slots[(kWarps + 1) * 3];
+  extern __shared__ char memory[];
+  DeviceBlock block{static_cast<int>(threadIdx.x), kThreads, memory, slots};
+  uint32_t* mask = reinterpret_cast<uint32_t*>(memory);
+  for (int64_t i = threadIdx.x; i < (call.student.vocab + 127) / 128 * 4; i += kThreads) mask[i] = 0;
+  __syncthreads();
+  sparse_row(block, call, grad, formula, static_cast<int64_t>(blockIdx.x));
+}
+
+// The last error's sentence; lives until the thread's next one.
+static const char* sentence(cudaError_t error, const char* what) {
+  static thread_local char text[256];
+  if (error == cudaSuccess) return nullptr;
+  std::snprintf(text, sizeof text, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+  return text;
+}
+
+}  // namespace gpu
+
+const char* launch_dense(const DenseRows& call, Dtype grad, uintptr_t stream) {
+  const char* error = nullptr;
+  gpu::with_formula(call, [&](auto formula) {
+    const auto s = reinterpret_cast<cudaStream_t>(stream);
+    gpu::dense_rows_kernel<<<static_cast<unsigned>(call.rows), gpu::kThreads, 0, s>>>(call, grad, formula);
+    error = gpu::sentence(cudaGetLastError(), "dense_rows was not launched");
+  });
+  return error;
+}
+
+const char* launch_sparse(const SparseRows& call, Dtype grad, uintptr_t stream) {
+  const int64_t memory = (call.student.vocab + 127) / 128 * 16 + call.k * 4;
+  const char* error = nullptr;
+  gpu::with_formula(call, [&](auto formula) {
+    const auto s = reinterpret_cast<cudaStream_t>(stream);
+    const auto kernel = gpu::sparse_rows_kernel<decltype(formula)>;
+    if (memory > 40 << 10)
+      error = gpu::sentence(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)),
+                            "sparse_rows: the vocabulary's bit mask does not fit into shared memory");
+    if (error) return;
+    kernel<<<static_cast<unsigned>(call.rows), gpu::kThreads, memory, s>>>(call, grad, formula);
+    error = gpu::sentence(cudaGetLastError(), "sparse_rows was not launched");
+  });
+  return error;
+}
+
+const int* compiled_architectures(int* count) {
+  static const int list[] = {__CUDA_ARCH_LIST__};  // set by nvcc from -gencode: 800,900,1000
+  *count = sizeof list / sizeof *list;
+  return list;
+}
+
+}  // namespace potstill
