@@ -60,27 +60,27 @@ def test_zero_at_equality_and_positive_elsewhere(d):
 @pytest.mark.parametrize("d", PROPER, ids=str)
 @pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5])
 def test_pitfall_04_close_distributions_in_fp32(d, distance):
-    """Above zero while the value is above fp32's resolution; never further off than a few 1e-9 nat."""
+    """Right to 1e-7 nat (half an ulp of 1), so above zero for every value that is larger than that."""
     g = torch.Generator().manual_seed(1)
     z = torch.randn(8, 5000, generator=g) * 3
     lp = z.log_softmax(-1)
     lq = (z + distance * torch.randn(z.shape, generator=g)).log_softmax(-1)
     got, truth = value(d, lp, lq), value(d, lp.double(), lq.double())
-    assert ((got > 0) | (truth < 1e-8)).all()
-    assert ((got - truth).abs() < 1e-8 + 1e-4 * truth).all()
+    assert ((got - truth).abs() < 1e-7 + 1e-3 * truth).all()
+    assert ((got > 0) | (truth < 1e-7)).all()
 
 
-def test_without_the_centre_close_distributions_cancel():
-    """What the centre is for: the plain sum of the same terms is wrong in the first digit."""
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl"])
+def test_the_centre_is_worth_its_cost(name):
+    """The plain sum of the same terms is at least five times further off at KL about 1e-6."""
     g = torch.Generator().manual_seed(1)
     z = torch.randn(64, 5000, generator=g) * 3
     lp = z.log_softmax(-1)
-    lq = (z + 1e-4 * torch.randn(z.shape, generator=g)).log_softmax(-1)
-    d = divergences.get("forward_kl")
+    lq = (z + 1e-3 * torch.randn(z.shape, generator=g)).log_softmax(-1)
+    d = divergences.get(name)
     truth = value(d, lp.double(), lq.double())
-    plain = d.formula(lp, lq)[0].sum(-1)
-    assert (plain - truth).abs().max() > truth.max()
-    assert (value(d, lp, lq) - truth).abs().max() < 0.5 * truth.max()
+    plain = d.formula(lp, lq, *d.values)[0].sum(-1)
+    assert (plain - truth).abs().max() > 5 * (value(d, lp, lq) - truth).abs().max()
 
 
 @pytest.mark.parametrize("d", ALL, ids=str)
