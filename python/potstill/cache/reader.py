@@ -174,8 +174,8 @@ def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype, shape: tuple[in
     if buffer.dtype != dtype or buffer.device.type != "cpu" or not buffer.is_contiguous():
         layout = "" if buffer.is_contiguous() else ", not contiguous"
         raise ValueError(
-            f"out.{name} is {buffer.dtype} on {buffer.device}{layout}; a contiguous {dtype} tensor on the CPU "
-            "is accepted"
+            f"out.{name} is {buffer.dtype} on {buffer.device}{layout}; a contiguous {dtype} tensor on the "
+            "CPU is accepted"
         )
     if tuple(buffer.shape) != shape or shape[1] < n:
         needed = [shape[0], f"at least {n}", *shape[2:]]

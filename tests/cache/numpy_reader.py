@@ -1,0 +1,121 @@
+"""An independent reader of format 1, codec 0, in plain numpy: it shares no code with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import xxhash
+except ImportError:  # checksums are then left to the package's own tests
+    xxhash = None
+
+
+def xxh3(data: bytes) -> int | None:
+    return None if xxhash is None else xxhash.xxh3_64_intdigest(data)
+
+
+def up8(n: int) -> int:
+    return -(-n // 8) * 8
+
+
+def sealed(path: Path, kind: str) -> Any:
+    text = path.read_bytes()
+    head, tail = text[:-28], text[-28:]
+    assert tail.startswith(b',"xxh3":"') and tail.endswith(b'"}\n')
+    assert xxh3(head) in (None, int(tail[9:25], 16))
+    file = json.loads(text)
+    assert file["potstill"] == kind and file["version"][0] == 1 and file["required"] == []
+    return file["body"]
+
+
+def unpack(data: bytes, n: int, bits: int) -> np.ndarray:
+    stream = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    assert not stream[n * bits :].any(), "padding bits"
+    weights = 1 << np.arange(bits, dtype=np.int64)
+    return (stream[: n * bits].reshape(n, bits) * weights).sum(-1).astype(np.int32)
+
+
+def rows(payload: bytes, n: int, entries: int, k: int, id_bits: int) -> tuple[np.ndarray, ...]:
+    token_bits, ragged = payload[0], payload[1]
+    at = 8
+
+    def part(size: int) -> bytes:
+        nonlocal at
+        data = payload[at : at + size]
+        assert len(data) == size and not any(payload[at + size : at + up8(size)])
+        at += up8(size)
+        return data
+
+    tokens = unpack(part(-(-n * token_bits // 8)), n, token_bits)
+    counts = np.frombuffer(part(2 * n), "<u2").astype(int) if ragged else np.full(n, k)
+    log_rest = np.frombuffer(part(4 * n), "<f4").copy()
+    flat_ids = unpack(part(-(-entries * id_bits // 8)), entries, id_bits)
+    flat_lp = -np.frombuffer(part(2 * entries), "<f2").astype(np.float32)
+    assert at == len(payload) and counts.sum() == entries
+    ids, log_probs = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32)
+    present = np.arange(k) < counts[:, None]
+    ids[present], log_probs[present] = flat_ids, flat_lp
+    return tokens, ids, log_probs, log_rest
+
+
+def shard(path: Path, spec_text: str) -> dict[str, tuple[np.ndarray, ...]]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PSC\r\n\x1a\n" and data[-8:] == b"\x89PSE\r\n\x1a\n"
+    major, _, header_len, required, _, codec, params_len, vocab, k, zero = struct.unpack_from(
+        "<HHIQQHHIII", data, 8
+    )
+    assert (major, required, codec, params_len, zero) == (1, 0, 0, 1, 0)
+    assert data[48:80] == hashlib.sha256(spec_text.encode()).digest()
+    id_bits = data[80]
+    assert id_bits == max(1, (vocab - 1).bit_length())
+    assert xxh3(data[: header_len - 8]) in (None, struct.unpack_from("<Q", data, header_len - 8)[0])
+    footer_len, file_len, check = struct.unpack_from("<QQQ", data, len(data) - 32)
+    assert file_len == len(data) and xxh3(data[-32:-16]) in (None, check)
+    footer = data[-32 - footer_len : -32]
+    name = hashlib.sha256(data[:header_len] + footer).hexdigest()[:32]
+    assert path.name == f"{name}.shard"
+    assert footer[:8] == b"PSINDEX\n" and xxh3(footer[:-8]) in (None, struct.unpack("<Q", footer[-8:])[0])
+    n_blocks, n_sequences, total, _ = struct.unpack_from("<IIQQ", footer, 8)
+    blocks = [struct.unpack_from("<QIIIHH", footer, 32 + 24 * i) for i in range(n_blocks)]
+    at = 32 + 24 * n_blocks
+    heads = [struct.unpack_from("<IIHHI", footer, at + 48 * i) for i in range(n_sequences)]
+    key_at, offset, block, found = at + 48 * n_sequences, header_len, 0, {}
+    for count, tokens, key_len, ext_len, _ in heads:
+        key = footer[key_at : key_at + key_len].decode()
+        key_at += key_len + ext_len
+        pieces = []
+        for i in range(block, block + count):
+            check, length, n, entries, kind, _ = blocks[i]
+            body = data[offset : offset + length]
+            assert xxh3(body[:-8]) in (None, check) and struct.unpack("<Q", body[-8:])[0] == check
+            magic, kind_, flags, number, n_, first, entries_, klen, _, plen = struct.unpack_from(
+                "<4sHHIIIIHHI", body
+            )
+            assert (magic, kind_, number, n_, entries_) == (b"PSBK", kind, i, n, entries)
+            assert body[32 : 32 + klen].decode() == key and flags == int(i == block + count - 1)
+            assert first == sum(len(p[0]) for p in pieces)
+            start = 32 + up8(klen)
+            pieces.append(rows(body[start : start + plen], n, entries, k, id_bits))
+            offset += length
+        block += count
+        found[key] = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        assert len(found[key][0]) == tokens
+    assert block == n_blocks and sum(len(s[0]) for s in found.values()) == total
+    assert offset == len(data) - 32 - footer_len
+    return found
+
+
+def cache(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
+    """{key: (tokens, ids, log_probs, log_rest)} of a whole cache, from its manifest."""
+    manifest = sealed(Path(path) / "manifest.json", "manifest")
+    found: dict[str, tuple[np.ndarray, ...]] = {}
+    for entry in manifest["shards"]:
+        for key, value in shard(Path(path) / "shards" / f"{entry['name']}.shard", manifest["spec"]).items():
+            found.setdefault(key, value)
+    return found
