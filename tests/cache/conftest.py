@@ -16,7 +16,7 @@ from potstill import cache
 def rows(
     length: int, *, k: int = 8, vocab: int = 1000, seed: int = 0, ragged: bool = False
 ) -> SimpleNamespace:
-    """tokens [L], ids [L, k], log_probs [L, k], log_rest [L] of random softmax rows; ragged rows end in missing entries."""
+    """tokens [L], ids [L, k], log_probs [L, k], log_rest [L] of random softmax rows."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 4, (length, vocab))
     lp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

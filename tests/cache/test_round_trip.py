@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from potstill import cache
 
 
@@ -50,7 +49,7 @@ def test_independent_reader_agrees(tmp_path, lab, independent):
 
 
 def test_minus_infinity_survives(tmp_path, lab):
-    """A banned token keeps its id; a teacher without a tail keeps log_rest = -inf; no tail entry poisons the row."""
+    """A banned token keeps its id, a teacher without a tail its log_rest; no entry poisons its row."""
     top = SimpleNamespace(
         ids=np.array([[4, 2, 9], [3, -1, -1], [-1, -1, -1]]),
         log_probs=np.array([[0.0, -np.inf, -np.inf], [-0.5, -np.inf, -np.inf], [-np.inf] * 3], np.float32),

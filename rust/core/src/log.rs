@@ -39,7 +39,7 @@ pub struct ShardEntry {
     pub tokens: u64,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Record {
     /// Record 0: the spec, as text so that its hash stays the same.
@@ -208,6 +208,7 @@ impl State {
                 check_entry(&entry, &file)?;
                 // two writers with the same work commit the same shard: once is enough
                 if self.names.insert(entry.name.clone()) {
+                    self.dropped.remove(&entry.name);
                     self.shards.push(entry.clone());
                     added = Some(entry);
                 }

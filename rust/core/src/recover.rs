@@ -11,10 +11,11 @@ use crate::error::{Error, Result};
 use crate::files::{self, FileSource, Source, OPEN, SMALL};
 use crate::format::block::{self, Block, KIND_ROWS};
 use crate::format::name::{record_number, shard_file};
-use crate::log::{self, log_dir, open_dir, shards_dir, Record, ShardEntry};
+use crate::log::{self, log_dir, open_dir, shards_dir, Record};
 use crate::reader::open_shard;
 use crate::rows::{Rows, RowsMut};
 use crate::shard::read_header;
+use crate::spec::Spec;
 use crate::writer::Writer;
 
 /// What was taken over, and what could not be.
@@ -72,9 +73,11 @@ pub fn salvage_dead(writer: &mut Writer) -> Result<Salvage> {
     for name in files::list(&dir)?.iter().filter(|n| n.ends_with(OPEN)) {
         let path = dir.join(name);
         let Some(file) = lock_dead(&path) else { continue };
-        salvage_file(writer, file.try_clone().map_err(Error::io("open", &path))?, name, &mut salvage)?;
-        salvage.files += 1;
-        done.push((path, file));
+        let copy = file.try_clone().map_err(Error::io("open", &path))?;
+        if salvage_file(writer, copy, name, &mut salvage)? {
+            salvage.files += 1;
+            done.push((path, file));
+        }
     }
     writer.commit()?;
     for (path, _lock) in done {
@@ -89,19 +92,19 @@ fn lock_dead(path: &PathBuf) -> Option<File> {
     file.try_lock().ok().map(|()| file)
 }
 
-/// Adds every whole sequence of `file` to the writer.
-fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salvage) -> Result<()> {
+/// Adds every whole sequence of `file` to the writer; false when the file is not this version's or not this cache's.
+fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salvage) -> Result<bool> {
     let source = FileSource::from_file(file).map_err(Error::io("open", Path::new(name)))?;
     // the header may be the damaged part: the cache's own codec then has to decode the blocks
     let codec = match read_header(&source, name) {
         Ok((header, _)) if header.spec_hash != writer.spec().hash => {
-            salvage.lost.push(format!("{name} was written for another spec"));
-            return Ok(());
+            salvage.lost.push(format!("{name} was written for another spec and stays where it is"));
+            return Ok(false);
         }
         Ok((header, _)) => header.codec,
         Err(Error::Unsupported { what, .. }) => {
-            salvage.lost.push(format!("{name}: {what}"));
-            return Ok(());
+            salvage.lost.push(format!("{name} stays where it is: {what}"));
+            return Ok(false);
         }
         Err(_) => Codec::for_spec(writer.spec()),
     };
@@ -109,7 +112,7 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
     let mut open: HashMap<String, Partial> = HashMap::new();
     let mut lost = Vec::new();
     let mut failed = None;
-    scan(&source, |block| {
+    let torn = scan(&source, |block| {
         if block.head.kind != KIND_ROWS || failed.is_some() {
             return;
         }
@@ -141,13 +144,18 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
         }
     })
     .map_err(Error::io("read", Path::new(name)))?;
+    if let Some((count, first)) = torn {
+        lost.push(format!("{name}: {count} blocks are not whole, the first at byte {first}"));
+    }
     lost.extend(open.keys().map(|key| format!("{name}: sequence {key:?} is not whole")));
     salvage.lost.extend(lost);
-    failed.map_or(Ok(()), Err)
+    failed.map_or(Ok(true), Err)
 }
 
-/// Calls `found` for every whole block, stepping over damage to the next place where a block begins.
-fn scan(source: &dyn Source, mut found: impl FnMut(&Block<'_>)) -> std::io::Result<()> {
+/// Calls `found` for every whole block, stepping over damage to the next place where a block begins. Returns how many
+/// blocks begin but are not whole, and where the first of them does.
+fn scan(source: &dyn Source, mut found: impl FnMut(&Block<'_>)) -> std::io::Result<Option<(u64, u64)>> {
+    let mut torn: Option<(u64, u64)> = None;
     let len = source.len();
     let mut budget = len.saturating_mul(16); // bytes hashed in vain: keeps a hostile file from costing len squared
     let mut at = 0u64;
@@ -175,9 +183,10 @@ fn scan(source: &dyn Source, mut found: impl FnMut(&Block<'_>)) -> std::io::Resu
             }
             budget -= claimed;
         }
+        torn = torn.map_or(Some((1, at)), |(count, first)| Some((count + 1, first)));
         at += 8;
     }
-    Ok(())
+    Ok(torn)
 }
 
 /// Repairs a cache folder: records that cannot be read are put aside, shards that no record names are taken in, damaged
@@ -186,33 +195,27 @@ pub fn recover(root: &Path) -> Result<Salvage> {
     let mut lost = Vec::new();
     let aside = root.join("damaged");
     let spec_text = repair_log(root, &aside, &mut lost)?;
-    let mut bad = Vec::new();
-    // shards that do not open would stop the writer: drop them from the log first, salvage them afterwards
     let mut state = log::State::load(root)?.ok_or_else(|| no_spec(root))?;
     for entry in state.shards.clone() {
-        if let Some(why) = shard_damage(root, &entry, &state.spec) {
+        if let Some(why) = shard_damage(root, &entry.name, &state.spec) {
             lost.push(why.clone());
-            while !state.append(root, Record::Drop { name: entry.name.clone(), why: why.clone() })? {
+            set_free(root, &entry.name, &aside)?;
+            let drop = Record::Drop { name: entry.name, why };
+            while !state.append(root, drop.clone())? {
                 state.refresh(root)?;
             }
-            bad.push(entry.name);
         }
     }
+    for name in state.orphans(root)? {
+        if let Some(why) = shard_damage(root, &name, &state.spec) {
+            lost.push(why);
+            set_free(root, &name, &aside)?;
+        }
+    }
+    // the writer takes in whole orphans and salvages everything in open/
     let mut writer = Writer::open(root, &spec_text, true, 64 << 20)?;
     let mut salvage = std::mem::take(&mut writer.salvaged);
     salvage.lost.extend(lost);
-    bad.extend(writer.state().orphans(root)?); // those that open were taken in by the writer
-    for name in bad {
-        let file = shard_file(&name);
-        let path = shards_dir(root).join(&file);
-        if let Ok(opened) = File::open(&path) {
-            salvage_file(&mut writer, opened, &file, &mut salvage)?;
-            writer.commit()?;
-            put_aside(&path, &aside)?;
-            salvage.files += 1;
-        }
-    }
-    writer.commit()?;
     writer.state().compact(root)?;
     writer.close()?;
     for name in files::list(&open_dir(root))?.iter().filter(|n| n.ends_with(SMALL)) {
@@ -233,17 +236,37 @@ fn no_spec(root: &Path) -> Error {
 
 fn put_aside(path: &Path, aside: &Path) -> Result<()> {
     files::make_dir(aside)?;
-    let name = path.file_name().map_or_else(|| "file".into(), |n| n.to_string_lossy().into_owned());
-    let target = aside.join(format!("{name}.{}", files::unique_name("")));
-    fs::rename(path, &target).map_err(Error::io("put aside", path))
+    fs::rename(path, aside_name(path, aside)).map_err(Error::io("put aside", path))
 }
 
-fn shard_damage(root: &Path, entry: &ShardEntry, spec: &crate::spec::Spec) -> Option<String> {
-    let shard = match open_shard(root, &entry.name, spec) {
+fn aside_name(path: &Path, aside: &Path) -> PathBuf {
+    let name = path.file_name().map_or_else(|| "file".into(), |n| n.to_string_lossy().into_owned());
+    aside.join(format!("{name}.{}", files::unique_name("")))
+}
+
+// A damaged shard is kept in damaged/ and moves to open/, where it looks like that of a dead writer: should this process
+// die now, the next writer salvages it all the same.
+fn set_free(root: &Path, name: &str, aside: &Path) -> Result<()> {
+    let path = shards_dir(root).join(shard_file(name));
+    if fs::symlink_metadata(&path).is_err() {
+        return Ok(()); // missing: nothing to salvage
+    }
+    files::open_regular(&path).map_err(Error::io("open", &path))?;
+    files::make_dir(aside)?;
+    let kept = aside_name(&path, aside);
+    fs::hard_link(&path, &kept)
+        .or_else(|_| fs::copy(&path, &kept).map(|_| ()))
+        .map_err(Error::io("put aside", &path))?;
+    let open = open_dir(root).join(files::unique_name(OPEN));
+    fs::rename(&path, &open).map_err(Error::io("move", &path))
+}
+
+fn shard_damage(root: &Path, name: &str, spec: &Spec) -> Option<String> {
+    let shard = match open_shard(root, name, spec) {
         Ok(shard) => shard,
         Err(e) => return Some(e.to_string()),
     };
-    let path = shards_dir(root).join(shard_file(&entry.name));
+    let path = shards_dir(root).join(shard_file(name));
     let source = match files::open_regular(&path) {
         Ok(source) => source,
         Err(e) => return Some(format!("{}: {e}", path.display())),
