@@ -72,8 +72,8 @@ def find_cxx() -> list[str]:
     )
 
 
-def find_headers() -> list[str]:
-    """Include flags of Python and pybind11."""
+def find_headers() -> tuple[list[str], str]:
+    """Include flags of Python and pybind11, and their versions."""
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists():
         stop(
@@ -83,7 +83,7 @@ def find_headers() -> list[str]:
         import pybind11
     except ImportError:
         stop("building needs pybind11. Install it: pip install pybind11 (pip install . does so itself).")
-    return [f"-I{include}", f"-I{pybind11.get_include()}"]
+    return [f"-I{include}", f"-I{pybind11.get_include()}"], f"{sys.version} {pybind11.__version__}"
 
 
 def find_cuda() -> Path | None:
@@ -119,7 +119,8 @@ class BuildNative(build_ext):
         self.sources = self.overlay()
         self.shared = sorted(file for kind in ("h", "cuh", "inc") for file in self.sources.glob(f"*.{kind}"))
         own_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-        flags = [*CXX_FLAGS, f"-I{self.sources}", *find_headers(), *own_flags]
+        self.headers, self.versions = find_headers()
+        flags = [*CXX_FLAGS, f"-I{self.sources}", *self.headers, *own_flags]
         jobs, libraries = self.cuda_jobs(flags) if ext.name.endswith("._cuda") else self.cpp_jobs(flags)
         with ThreadPoolExecutor(COMPILE_JOBS) as pool:
             objects = list(pool.map(self.compile, jobs))
@@ -175,7 +176,9 @@ class BuildNative(build_ext):
         return jobs, [f"-L{root}/lib64", f"-L{root}/lib", "-lcudart_static", "-ldl", "-lrt"]
 
     def compile(self, job: Job) -> Path:
-        digest = hashlib.sha256("\0".join(job.command).encode())
+        # an isolated build has its headers in another folder every time: their versions count
+        parts = [part for part in job.command if part not in self.headers]
+        digest = hashlib.sha256("\0".join([self.versions, *parts]).encode())
         for file in [job.source, *self.shared]:
             digest.update(file.name.encode() + file.read_bytes())
         objects = Path(self.build_temp)
