@@ -1,0 +1,71 @@
+"""Format 1.0 with codec 0 is read forever. These bytes may not change: a new codec gets a new folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from potstill import cache
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, tuple[np.ndarray, ...]]:
+    stored = json.loads((GOLDEN / "cache_v1.json").read_text(encoding="utf-8"))
+    dtypes = {"tokens": np.int32, "ids": np.int32, "log_probs": np.float32, "log_rest": np.float32}
+
+    def number(value):
+        return -np.inf if value is None else value
+
+    return {
+        key: tuple(
+            np.array(
+                [[number(x) for x in row] if isinstance(row, list) else number(row) for row in s[name]], dtype
+            )
+            for name, dtype in dtypes.items()
+        )
+        for key, s in stored.items()
+    }
+
+
+def test_golden_cache_reads(expected):
+    store = cache.open(GOLDEN / "cache_v1")
+    assert store.keys() == list(expected)
+    assert store.spec == cache.Spec(4096, 3, "golden", "r1", "t", {"note": "format 1.0, codec 0"})
+    for key, arrays in expected.items():
+        for got, want in zip(store.numpy(key), arrays, strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=key)
+    assert store.verify().ok
+
+
+def test_golden_cache_in_the_independent_reader(expected, independent):
+    found = independent.cache(GOLDEN / "cache_v1")
+    for key, arrays in expected.items():
+        for got, want in zip(found[key], arrays, strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=key)
+
+
+def test_the_writer_still_makes_the_golden_bytes(tmp_path, expected):
+    """Equal input gives equal shards, so two machines that do the same work agree on the names."""
+    with cache.Writer(tmp_path / "c", cache.open(GOLDEN / "cache_v1").spec) as w:
+        for key, (tokens, ids, log_probs, log_rest) in expected.items():
+            w.add(key, tokens, SimpleNamespace(ids=ids, log_probs=log_probs, log_rest=log_rest))
+            w.flush()
+    ours = {f.name: f.read_bytes() for f in (tmp_path / "c" / "shards").iterdir()}
+    golden = {f.name: f.read_bytes() for f in (GOLDEN / "cache_v1" / "shards").iterdir()}
+    assert ours == golden
+    for name in ["manifest.json", "log/0000000000.json", "log/0000000002.json"]:
+        assert (tmp_path / "c" / name).read_bytes() == (GOLDEN / "cache_v1" / name).read_bytes()
+
+
+def test_a_golden_cache_can_be_continued(tmp_path, expected, lab):
+    shutil.copytree(GOLDEN / "cache_v1", tmp_path / "c")
+    r = lab.rows(4, k=3, vocab=4096)
+    with cache.Writer(tmp_path / "c", cache.open(tmp_path / "c").spec) as w:
+        w.add("more", r.tokens, r)
+    assert cache.open(tmp_path / "c").keys() == [*expected, "more"]
