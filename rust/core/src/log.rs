@@ -31,7 +31,6 @@ struct Envelope<'a> {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ShardEntry {
     pub name: String,
     pub bytes: u64,
@@ -40,7 +39,7 @@ pub struct ShardEntry {
 }
 
 #[derive(Clone, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {
     /// Record 0: the spec, as text so that its hash stays the same.
     Spec { spec: String },
@@ -51,7 +50,6 @@ pub enum Record {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Manifest {
     /// Records 0..log are compacted here.
     log: u64,
