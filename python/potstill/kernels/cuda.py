@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: checks dtypes and strides once, allocates results, passes addresses and the current stream.
+"""The CUDA C++ kernels: checks dtypes and strides, allocates results, passes addresses and the stream.
 
 Ranked below Triton until measured beside it on a card.
 """
@@ -15,7 +15,7 @@ try:
     from potstill import _cuda
 except ImportError as error:  # built without nvcc
     _cuda = None  # type: ignore[assignment]
-    MISSING = f"potstill._cuda is not built ({error}); build where nvcc is, or with POTSTILL_CUDA=1 to be told why not"
+    MISSING = f"potstill._cuda is not built ({error}); build where nvcc is (POTSTILL_CUDA=1 demands it)"
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 COMPILED = _cuda.divergences() if _cuda else {}
@@ -37,7 +37,8 @@ def refuses(facts: Facts) -> str | None:
         major, minor = torch.cuda.get_device_capability(facts.device)
         if not any(major == a and minor >= b for a, b in ARCHITECTURES):
             built = ", ".join(f"{a}.{b}" for a, b in ARCHITECTURES)
-            return f"is built for compute capability {built}, not {major}.{minor}; set POTSTILL_CUDA_ARCHS and rebuild"
+            remedy = f"rebuild with POTSTILL_CUDA_ARCHS={major}{minor}"
+            return f"is built for compute capability {built}, not {major}.{minor}; {remedy}"
     return None
 
 
@@ -63,7 +64,7 @@ def _objective(spec: RowSpec) -> tuple[str, list[float], float, float, float, fl
 
 
 def _gradient(grad: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """Where the kernel writes the gradient (grad itself where its layout allows), and as the kernel's argument."""
+    """Where the kernel writes the gradient: grad itself where its layout allows; and as its argument."""
     if grad is None:
         return None, (0, 0, 0)
     written = grad if grad.dtype in DTYPES else torch.empty_like(grad, dtype=torch.float32)
@@ -105,9 +106,9 @@ def sparse_rows(
     out = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _cuda.sparse_rows(
-            len(x), x.shape[1], _side(x, spec.student), _address(ids), _address(log_probs), _address(log_rest),
-            ids.shape[1], TAILS.index(spec.tail), _address(coef), _address(labels), _objective(spec), target,
-            out.data_ptr(), stream_of(x),
+            len(x), x.shape[1], _side(x, spec.student), _address(ids), _address(log_probs),
+            _address(log_rest), ids.shape[1], TAILS.index(spec.tail), _address(coef), _address(labels),
+            _objective(spec), target, out.data_ptr(), stream_of(x),
         )  # fmt: skip
     if grad is not None and written is not None and written is not grad:
         grad.copy_(written)

@@ -28,6 +28,8 @@ def refuses(facts: Facts) -> str | None:
         return None
     if facts.device.type != "cuda":
         return f"it serves CUDA devices, not {facts.device.type}; TRITON_INTERPRET=1 interprets it on a CPU"
+    if torch.version.hip:
+        return "it is built and checked for NVIDIA devices"
     if torch.cuda.is_available() and torch.cuda.get_device_capability(facts.device) < (8, 0):
         return "it is built and checked for compute capability 8.0 and later"
     return None

@@ -7,9 +7,9 @@ arrives as a constexpr device function, so no kernel knows any divergence. Memor
 A program reads a student column last when it writes that column's gradient, so `grad` may be `student`.
 
 The rest of a bucket row is summed from the columns that are not among the K: pass 1 leaves the members out
-and adds them afterwards, so nothing is subtracted and log(rest) is exact down to the smallest rest. Members are
-found by walking ids sorted beforehand, one comparison of the block per member: about 2 of 64 fall in a block
-of 4096, and no scratch of the size of the row is needed.
+and adds them afterwards, so nothing is subtracted and log(rest) is exact down to the smallest rest. Members
+are found by walking ids sorted beforehand, one comparison of the block per member: about 2 of 64 fall in a
+block of 4096, and no scratch of the size of the row is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from torch import Tensor
 from potstill.kernels.triton_formula import INTERPRETED, device_function, tanh
 from potstill.rows import TAILS, RowSpec
 
-MAX_BLOCK = 4096  # 16 entries a thread at 8 warps; 32768 with 32 warps spills
+# columns a program takes at once, with 8 warps and at most 128 registers a thread: two programs or more share
+# a multiprocessor and none spills (bench/compile_gpu.py holds them to it); 32768 with 32 warps spills
+DENSE_BLOCK = 2048
+SPARSE_BLOCK = 4096
 FAR = tl.constexpr(2**31 - 1)
 
 
@@ -87,8 +90,8 @@ def dense_kernel(
     for start in range(0, vocab, BLOCK):
         o_col = start + tl.arange(0, BLOCK)
         inside = o_col < vocab
-        b_zq, _ = _load_logits(p_student, o_col, inside, student_scale, student_cap, STUDENT_CAP)
-        b_zp, _ = _load_logits(p_teacher, o_col, inside, teacher_scale, teacher_cap, TEACHER_CAP)
+        b_zq = _load_logits(p_student, o_col, inside, student_scale, student_cap, STUDENT_CAP)[0]
+        b_zp = _load_logits(p_teacher, o_col, inside, teacher_scale, teacher_cap, TEACHER_CAP)[0]
         mq, sq, sq1 = _grow(mq, sq, sq1, b_zq, inv_t, CE and TEMPERED)
         mp, sp, unused = _grow(mp, sp, unused, b_zp, inv_t, False)
     log_sq, log_sp = tl.log(sq), tl.log(sp)
@@ -99,8 +102,8 @@ def dense_kernel(
     for start in range(0, vocab, BLOCK):
         o_col = start + tl.arange(0, BLOCK)
         inside = o_col < vocab
-        b_zq, _ = _load_logits(p_student, o_col, inside, student_scale, student_cap, STUDENT_CAP)
-        b_zp, _ = _load_logits(p_teacher, o_col, inside, teacher_scale, teacher_cap, TEACHER_CAP)
+        b_zq = _load_logits(p_student, o_col, inside, student_scale, student_cap, STUDENT_CAP)[0]
+        b_zp = _load_logits(p_teacher, o_col, inside, teacher_scale, teacher_cap, TEACHER_CAP)[0]
         b_lq = (b_zq - mq) * inv_t - log_sq
         b_lp = (b_zp - mp) * inv_t - log_sp
         term, slope = FORMULA(b_lp, b_lq, *values)
@@ -114,7 +117,7 @@ def dense_kernel(
     if CE:
         label = tl.load(p_labels + i_row).to(tl.int32)
         named = (label >= 0) & (label < vocab)
-        z, _ = _load_logits(p_student, label, named, student_scale, student_cap, STUDENT_CAP)
+        z = _load_logits(p_student, label, named, student_scale, student_cap, STUDENT_CAP)[0]
         cross_entropy = tl.where(named, log_sq1 - (z - mq), float("nan"))
     tl.store(p_out + rows + i_row, cross_entropy)
 
@@ -124,10 +127,10 @@ def dense_kernel(
             o_col = start + tl.arange(0, BLOCK)
             inside = o_col < vocab
             b_zq, b_chain = _load_logits(p_student, o_col, inside, student_scale, student_cap, STUDENT_CAP)
-            b_zp, _ = _load_logits(p_teacher, o_col, inside, teacher_scale, teacher_cap, TEACHER_CAP)
+            b_zp = _load_logits(p_teacher, o_col, inside, teacher_scale, teacher_cap, TEACHER_CAP)[0]
             b_lq = (b_zq - mq) * inv_t - log_sq
             b_lp = (b_zp - mp) * inv_t - log_sp
-            _, slope = FORMULA(b_lp, b_lq, *values)
+            slope = FORMULA(b_lp, b_lq, *values)[1]
             b_dz = distill_weight * inv_t * (slope - tl.exp(b_lq) * total)
             if CE:
                 b_dz += ce_weight * (tl.exp(b_zq - mq - log_sq1) - tl.where(o_col == label, 1.0, 0.0))
@@ -171,7 +174,7 @@ def sparse_kernel(
         member = tl.load(p_sorted + i_row * k + i_next, mask=i_next < k, other=FAR)
         for start in range(0, vocab, BLOCK):
             o_col = start + tl.arange(0, BLOCK)
-            b_zq, _ = _load_logits(p_student, o_col, o_col < vocab, scale, softcap, SOFTCAP)
+            b_zq = _load_logits(p_student, o_col, o_col < vocab, scale, softcap, SOFTCAP)[0]
             if TAIL == "bucket":
                 while member < start + BLOCK:
                     b_zq = tl.where(o_col == member, float("-inf"), b_zq)
@@ -209,7 +212,7 @@ def sparse_kernel(
     if CE:
         label = tl.load(p_labels + i_row).to(tl.int32)
         named = (label >= 0) & (label < vocab)
-        z, _ = _load_logits(p_student, label, named, scale, softcap, SOFTCAP)
+        z = _load_logits(p_student, label, named, scale, softcap, SOFTCAP)[0]
         cross_entropy = tl.where(named, log_s1 - (z - m), float("nan"))
     tl.store(p_out + rows + i_row, cross_entropy)
 
@@ -241,10 +244,10 @@ def sparse_kernel(
         tl.store(p_grad + b_id, (coef * b_dz * b_chain).to(p_grad.dtype.element_ty), mask=known)
 
 
-def launch_shape(columns: int) -> dict[str, int]:
-    """BLOCK and num_warps for rows of so many columns."""
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(columns)))
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+def launch_shape(columns: int, largest: int) -> dict[str, int]:
+    """BLOCK, at most `largest`, and the launch options for rows of so many columns."""
+    block = min(largest, max(128, triton.next_power_of_2(columns)))
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4, "maxnreg": 128}
 
 
 def _unit_columns(x: Tensor) -> Tensor:
@@ -287,7 +290,7 @@ def dense_rows(
             float(spec.student.scale), float(spec.student.softcap),
             float(spec.teacher.scale), float(spec.teacher.softcap), **_common(spec),
             STUDENT_CAP=spec.student.softcap != 0, TEACHER_CAP=spec.teacher.softcap != 0,
-            GRAD=grad is not None, **launch_shape(columns),
+            GRAD=grad is not None, **launch_shape(columns, DENSE_BLOCK),
         )  # fmt: skip
     if grad is not None and written is not grad:
         grad.copy_(written)
@@ -316,7 +319,7 @@ def sparse_rows(
             student.stride(0), written.stride(0), columns, spec.student.vocab_size, k,
             float(spec.student.scale), float(spec.student.softcap), **_common(spec),
             SOFTCAP=spec.student.softcap != 0, GRAD=grad is not None, TAIL=spec.tail,
-            ENTRIES=triton.next_power_of_2(k + 1), **launch_shape(columns),
+            ENTRIES=triton.next_power_of_2(k + 1), **launch_shape(columns, SPARSE_BLOCK),
         )  # fmt: skip
     if grad is not None and written is not grad:
         grad.copy_(written)

@@ -48,14 +48,7 @@ def host_rows(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("host_rows")
     include = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [
-        "-O0",
-        "-std=c++17",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-pthread",
-        *(f"-I{path}" for path in include),
-    ]
+    flags = "-O0 -std=c++17 -fPIC -fvisibility=hidden -pthread".split() + [f"-I{path}" for path in include]
     sources = [ROOT / "csrc/cuda_bindings.cpp", ROOT / "tests/kernels/host_rows.cpp"]
     objects = [folder / f"{source.stem}.o" for source in sources]
     jobs = [
@@ -77,7 +70,9 @@ def target(request, monkeypatch):
     if request.param == ("triton", "cpu"):
         from potstill.kernels import triton_rows
 
-        monkeypatch.setattr(triton_rows, "MAX_BLOCK", 256)  # two blocks a row, the second one partial
+        # two blocks a row, the second one partial
+        monkeypatch.setattr(triton_rows, "DENSE_BLOCK", 256)
+        monkeypatch.setattr(triton_rows, "SPARSE_BLOCK", 256)
     if request.param == ("cuda", "cpu"):
         monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("host_rows"))
         monkeypatch.setattr(cuda, "stream_of", lambda x: 0)
