@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
-
 from potstill.capture.hidden import final_hidden, teacher_hidden, unwrap
+from torch import nn
 
 SMALL = {
     "vocab_size": 61,

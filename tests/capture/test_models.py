@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaModel
-
 from potstill.capture.models import load_model, load_tokenizer, locate, tokenizer_hash
+from transformers import LlamaModel
 
 
 def test_folder(model_folder, model):

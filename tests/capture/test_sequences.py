@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from potstill.capture.sequences import MAX_KEY_BYTES, make_key, token_sequences
 from potstill.capture.text import Document, open_text
 

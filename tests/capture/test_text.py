@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-
 from potstill.capture.text import Document, open_text
 
 

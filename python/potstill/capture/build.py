@@ -58,7 +58,9 @@ def cache_spec(
     teacher_revision: str = "",
     head: Head | None = None,
 ) -> ps_cache.Spec:
-    """The `Spec` a build writes: vocabulary, k, teacher and the tokenizer's content hash; length, packing and dtype in `extra`."""
+    """The `Spec` a build writes: vocabulary, k, teacher and the tokenizer's content hash; length, packing and
+    dtype in `extra`.
+    """
     return ps_cache.Spec(
         vocab_size=_vocab_size(_head_of(model) if head is None else head),
         k=k,
@@ -93,17 +95,18 @@ def build(
 ) -> BuildReport:
     """Writes (or continues) the cache `out` of `model`'s `k` most probable next tokens over `texts`.
 
-    model: a Hugging Face causal LM, on its device and in its dtype; texts: what `open_text` returns, documents, or plain
-    strings (named by their position). A sequence of L input ids becomes L rows: row i is the teacher's distribution of
-    the token after tokens[0..i], over the full vocabulary. Only [rows of a chunk, V] logits exist at a time.
+    model: a Hugging Face causal LM, on its device and in its dtype; texts: what `open_text` returns,
+    documents, or plain strings (named by their position). A sequence of L input ids becomes L rows: row i is
+    the teacher's distribution of the token after tokens[0..i], over the full vocabulary. Only [rows of a
+    chunk, V] logits exist at a time.
 
-    An existing `out` of an equal spec is continued: sequences already committed are compared with the text and left
-    alone. Batches are formed before that choice, so an interrupted and continued build holds what an uninterrupted one
-    does. A shard is committed at `shard_bytes` or after `commit_seconds`. KeyboardInterrupt ends the run
-    early with everything whole committed (`finished=False`).
+    An existing `out` of an equal spec is continued: sequences already committed are compared with the text
+    and left alone. Batches are formed before that choice, so an interrupted and continued build holds what an
+    uninterrupted one does. A shard is committed at `shard_bytes` or after `commit_seconds`. KeyboardInterrupt
+    ends the run early with everything whole committed (`finished=False`).
 
-    Raises ValueError for k over the vocabulary, no text, or text that changed under a committed key; what the writer
-    raises for an existing folder of another spec.
+    Raises ValueError for k over the vocabulary, no text, or text that changed under a committed key; what the
+    writer raises for an existing folder of another spec.
     """
     head = _head_of(model)
     vocab_size = _vocab_size(head)
@@ -192,7 +195,9 @@ def _documents(texts: TextSource | Iterable[Document | str]) -> Iterator[Documen
 
 
 def _batches(sequences: Iterator[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
-    """Batches of neighbours in length, formed inside a fixed window so that they do not depend on what is committed."""
+    """Batches of neighbours in length, formed inside a fixed window so that they do not depend on what is
+    committed.
+    """
     while window := list(islice(sequences, _WINDOW * batch_size)):
         window.sort(key=lambda s: -len(s.tokens))
         for start in range(0, len(window), batch_size):
@@ -207,7 +212,7 @@ class _Rows:
 
 
 def _teacher_rows(model: Any, head: Head, batch: list[TokenSequence], k: int) -> list[_Rows]:
-    from ..topk import linear_topk
+    from ..extraction import linear_topk
 
     device = next(model.parameters()).device
     longest = max(len(s.tokens) for s in batch)
@@ -252,7 +257,8 @@ class _Committed:
                 self.cache.tokens(sequence.key), sequence.tokens
             ):
                 raise ValueError(
-                    f"{self.path} holds other tokens for {sequence.key!r} than the text has now: the text or how it is tokenised "
+                    f"{self.path} holds other tokens for {sequence.key!r} than the text has now: the text "
+                    "or how it is tokenised "
                     "changed since the cache was begun; restore it, or build into a new folder"
                 )
 

@@ -55,9 +55,9 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
     """Write the K most probable next tokens of MODEL over DATA into the cache OUT.
 
-    MODEL is a folder, a hub name, a .gguf file or package:NAME (a Python package that carries a GGUF file). DATA is any
-    number of text files, folders, .jsonl files or folders saved by datasets. Run the same command again to continue
-    after Ctrl-C or a crash: nothing is repeated and nothing is lost.
+    MODEL is a folder, a hub name, a .gguf file or package:NAME (a Python package that carries a GGUF file).
+    DATA is any number of text files, folders, .jsonl files or folders saved by datasets. Run the same command
+    again to continue after Ctrl-C or a crash: nothing is repeated and nothing is lost.
     """
     try:
         finished = _run(model, data, out, options)
@@ -105,10 +105,12 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
         )
     rate = report.new_tokens / report.seconds if report.seconds else 0.0
     click.echo(
-        f"{report.path}: {report.sequences:,} sequences, {report.tokens:,} tokens, {_size(report.bytes)}, {report.bytes_per_token:.1f} bytes a token"
+        f"{report.path}: {report.sequences:,} sequences, {report.tokens:,} tokens, {_size(report.bytes)}, "
+        f"{report.bytes_per_token:.1f} bytes a token"
     )
     click.echo(
-        f"this run: {report.new_sequences:,} sequences, {report.new_tokens:,} tokens in {report.seconds:.1f} s ({rate:,.0f} tokens/s)"
+        f"this run: {report.new_sequences:,} sequences, {report.new_tokens:,} tokens in "
+        f"{report.seconds:.1f} s ({rate:,.0f} tokens/s)"
     )
     if texts.skipped:
         click.echo(f"left out: {len(texts.skipped)} files that are not UTF-8 (first: {texts.skipped[0]})")

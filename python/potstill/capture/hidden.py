@@ -27,11 +27,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -> tuple[Tensor, Any]:
     """Runs `model(**inputs)` and returns (hidden [B, L, D], outputs): hidden is exactly what the model's head is given.
 
-    The whole forward runs, wrappers included, so the hooks of DDP and FSDP fire; the head itself is given the last
-    position only, so `outputs.logits` is [B, 1, V] and nothing of size [B, L, V] exists. With `all_logits` the head
-    runs on every position. `position_ids` is left out for models whose forward has no such argument.
+    The whole forward runs, wrappers included, so the hooks of DDP and FSDP fire; the head itself is given the
+    last position only, so `outputs.logits` is [B, 1, V] and nothing of size [B, L, V] exists. With
+    `all_logits` the head runs on every position. `position_ids` is left out for models whose forward has no
+    such argument.
 
-    Raises TypeError when the model has no output embeddings, ValueError when its forward did not call them once.
+    Raises TypeError when the model has no output embeddings, ValueError when its forward did not call them
+    once.
     """
     inner = unwrap(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
@@ -56,7 +58,8 @@ def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -
     if len(caught) != 1 or (ids is not None and caught[0].shape[:-1] != ids.shape):
         shapes = [tuple(c.shape) for c in caught]
         raise ValueError(
-            f"{type(inner).__name__} called its head {len(caught)} times with inputs of shape {shapes}, once with [B, L, D] is "
+            f"{type(inner).__name__} called its head {len(caught)} times with inputs of shape {shapes}, "
+            "once with [B, L, D] is "
             "needed: its final hidden states cannot be taken this way"
         )
     return caught[0], outputs

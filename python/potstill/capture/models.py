@@ -1,4 +1,6 @@
-"""Loads a causal LM and its tokenizer from a folder, the hub, a GGUF file or a Python package that carries one."""
+"""Loads a causal LM and its tokenizer from a folder, the hub, a GGUF file or a Python package that carries
+one.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, str | None]:
         found = sorted(p for at in spec.submodule_search_locations for p in Path(at).glob("*.gguf"))
         if len(found) != 1:
             raise ValueError(
-                f"the Python package {name!r} holds {len(found)} GGUF files, one is needed: give the file's path"
+                f"the Python package {name!r} holds {len(found)} GGUF files, one is needed: give the file's "
+                "path"
             )
         return str(found[0].parent), found[0].name
     path = Path(text)
@@ -51,7 +54,8 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, str | None]:
         return str(path.parent), path.name
     if path.is_file():
         raise ValueError(
-            f"{path} is a file: MODEL is a folder with config.json and weights, a hub name, a .gguf file or package:NAME"
+            f"{path} is a file: MODEL is a folder with config.json and weights, a hub name, a .gguf file or "
+            "package:NAME"
         )
     if not path.exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise FileNotFoundError(
@@ -71,9 +75,10 @@ def load_model(
 ) -> Loaded:
     """Loads a causal LM in evaluation mode with its tokenizer (or the one found at `tokenizer`).
 
-    dtype: "auto" (as stored; float32 for GGUF), "float32", "bfloat16" or "float16"; device: None takes CUDA when there
-    is one. Raises FileNotFoundError or ValueError naming what is missing: the model, its tokenizer, or weights (a
-    checkpoint without a language-model head would otherwise run with random numbers in its place).
+    dtype: "auto" (as stored; float32 for GGUF), "float32", "bfloat16" or "float16"; device: None takes CUDA
+    when there is one. Raises FileNotFoundError or ValueError naming what is missing: the model, its
+    tokenizer, or weights (a checkpoint without a language-model head would otherwise run with random numbers
+    in its place).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -82,6 +87,7 @@ def load_model(
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf:
         options["gguf_file"] = gguf
+        options.update(_dequantized())
     # The tokenizer first: it is cheap, and a missing one is the commoner mistake.
     loaded_tokenizer = load_tokenizer(
         tokenizer if tokenizer is not None else model, revision=revision if tokenizer is None else None
@@ -94,7 +100,8 @@ def load_model(
         )
     except OSError as e:
         raise FileNotFoundError(
-            f"cannot load {os.fspath(model)}: it is neither a model folder nor found on the hub ({_first_line(e)})"
+            f"cannot load {os.fspath(model)}: it is neither a model folder nor found on the hub "
+            f"({_first_line(e)})"
         ) from e
     except (ValueError, KeyError) as e:
         raise ValueError(
@@ -102,10 +109,16 @@ def load_model(
         ) from e
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{os.fspath(model)} is not a whole causal language model: {len(missing)} weights are not in it (first: {missing[0]}) "
+            f"{os.fspath(model)} is not a whole causal language model: {len(missing)} weights are not in it "
+            f"(first: {missing[0]}) "
             "and would be random; give a checkpoint saved with its language-model head"
         )
     chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if gguf and getattr(loaded, "hf_quantizer", None) is not None:
+        # The weights are plain numbers now; left in place this would forbid training and saving copies of the
+        # model.
+        loaded.hf_quantizer = None
+        loaded.config.__dict__.pop("quantization_config", None)
     loaded.to(chosen_device).eval().requires_grad_(False)
     name = gguf or (Path(where).resolve().name if Path(where).is_dir() else where)
     return Loaded(
@@ -126,12 +139,15 @@ def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None
         return AutoTokenizer.from_pretrained(where, revision=revision or "main", **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
         raise FileNotFoundError(
-            f"no tokenizer could be loaded from {os.fspath(model)} ({_first_line(e)}); name the folder or hub name of one with --tokenizer"
+            f"no tokenizer could be loaded from {os.fspath(model)} ({_first_line(e)}); name the folder or "
+            "hub name of one with --tokenizer"
         ) from e
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """`blake2b:<32 hex>` of the tokenizer's content: its backend's JSON, or its sorted vocabulary where it has none."""
+    """`blake2b:<32 hex>` of the tokenizer's content: its backend's JSON, or its sorted vocabulary where it
+    has none.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     if backend is not None:
@@ -164,6 +180,17 @@ def _revision_of(where: str, gguf: str | None) -> str:
             f.seek(max(0, size - _EDGE))
             digest.update(f.read(_EDGE))
     return f"local:{digest.hexdigest()}"
+
+
+def _dequantized() -> dict[str, Any]:
+    """The option that unpacks a GGUF's weights, where transformers would otherwise keep the blocks."""
+    import transformers
+
+    return (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
 
 
 def _dtype_word() -> str:

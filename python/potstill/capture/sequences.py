@@ -52,10 +52,10 @@ def token_sequences(
 ) -> Iterator[TokenSequence]:
     """Tokenises documents and yields sequences of at most `length` tokens; no token is lost or repeated.
 
-    pack: rows of exactly `length` tokens across documents, an end-of-text token after each document when the tokenizer
-    has one; the last row may be shorter. Attention is not cut at document borders. Otherwise each document is cut into
-    pieces of `length`, the last of them shorter. `max_tokens` ends the stream before the first sequence that would
-    exceed it, so a later run with a larger limit continues with the same sequences.
+    pack: rows of exactly `length` tokens across documents, an end-of-text token after each document when the
+    tokenizer has one; the last row may be shorter. Attention is not cut at document borders. Otherwise each
+    document is cut into pieces of `length`, the last of them shorter. `max_tokens` ends the stream before the
+    first sequence that would exceed it, so a later run with a larger limit continues with the same sequences.
 
     Raises ValueError for a length under 1 or two documents of one name.
     """

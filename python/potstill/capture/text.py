@@ -1,7 +1,7 @@
 """Where text comes from: files, folders, JSONL and folders saved by `datasets`.
 
-Every document has a name that depends only on the data (a path relative to the data root, and the line or row inside it),
-so that the keys made from it are the same in every run and on every machine.
+Every document has a name that depends only on the data (a path relative to the data root, and the line or row
+inside it), so that the keys made from it are the same in every run and on every machine.
 """
 
 from __future__ import annotations
@@ -109,11 +109,12 @@ def open_text(
 ) -> TextSource:
     """Opens text files, folders (recursively, files whose suffix is in `suffixes`), JSONL files and `datasets` folders.
 
-    A file given by name is read whatever its suffix (`.jsonl` as JSON lines, everything else as UTF-8 text); inside a
-    folder hidden entries and `__pycache__` are left out. Names are relative to the data root: the folder itself, a
-    file's own folder, or the common parent when several inputs are given.
+    A file given by name is read whatever its suffix (`.jsonl` as JSON lines, everything else as UTF-8 text);
+    inside a folder hidden entries and `__pycache__` are left out. Names are relative to the data root: the
+    folder itself, a file's own folder, or the common parent when several inputs are given.
 
-    Raises FileNotFoundError for a missing input and ValueError where there is no text or no field `text_field`.
+    Raises FileNotFoundError for a missing input and ValueError where there is no text or no field
+    `text_field`.
     """
     paths = [Path(data)] if isinstance(data, (str, os.PathLike)) else [Path(d) for d in data]
     if not paths:
@@ -138,7 +139,8 @@ def open_text(
             parts.append(_File(path, _relative(path, root), text_field))
     if not parts:
         raise ValueError(
-            f"no text found in {', '.join(map(str, paths))}: no file ends in {' '.join(wanted)} (see --suffix)"
+            f"no text found in {', '.join(map(str, paths))}: no file ends in {' '.join(wanted)} (see "
+            "--suffix)"
         )
     if all(isinstance(p, _File) for p in parts):
         return TextSource(parts, sum(p.path.stat().st_size for p in parts if isinstance(p, _File)))
@@ -174,6 +176,7 @@ def _dataset_parts(path: Path, text_field: str) -> list[_File | _Rows]:
         if text_field not in rows.column_names:
             have = ", ".join(map(repr, rows.column_names))
             raise ValueError(
-                f"{path}, {name}: no column {text_field!r} (it has {have}); name the text's column with --text-field"
+                f"{path}, {name}: no column {text_field!r} (it has {have}); name the text's column with "
+                "--text-field"
             )
     return [_Rows(rows.select_columns([text_field]), name, text_field) for name, rows in splits.items()]

@@ -17,24 +17,29 @@ IGNORED = -100
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
-    """labels [B, L] of the tokens themselves -> [B, L] of the token after each: `labels[:, 1:]` with -100 at the end."""
+    """labels [B, L] of the tokens themselves -> [B, L] of the token after each: `labels[:, 1:]` with -100 at
+    the end.
+    """
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 class CacheCollator:
     """Examples with a `key` -> a batch with the teacher's rows of a cache.
 
-    cache: what `ps.cache.open` returns, or its path. tokenizer_or_pad_id: an id, or a tokenizer (its pad, else its
-    end-of-text token, and its padding side). An example is a mapping with `key` and, if it likes, `input_ids` (equal to the
-    cached tokens or the beginning of them, otherwise `cache.TokenMismatch`), `labels` (-100 where nothing is to be learnt;
-    default: the tokens) and `attention_mask` (all ones; anything else is refused, as the teacher saw every token).
+    cache: what `ps.cache.open` returns, or its path. tokenizer_or_pad_id: an id, or a tokenizer (its pad,
+    else its end-of-text token, and its padding side). An example is a mapping with `key` and, if it likes,
+    `input_ids` (equal to the cached tokens or the beginning of them, otherwise `cache.TokenMismatch`),
+    `labels` (-100 where nothing is to be learnt; default: the tokens) and `attention_mask` (all ones;
+    anything else is refused, as the teacher saw every token).
 
-    The batch, with L the longest sequence: input_ids, attention_mask, labels int64 [B, L]; teacher_ids int32 [B, L, K],
-    teacher_log_probs float32 [B, L, K], teacher_log_rest float32 [B, L]; position_ids [B, L] when padding on the left.
-    labels[b, i] belongs to token i and is shifted by the trainer. It is -100 in padding and at the first token of each
-    sequence, which no row predicts, so that a count of labels is a count of rows with a target however it is taken.
+    The batch, with L the longest sequence: input_ids, attention_mask, labels int64 [B, L]; teacher_ids int32
+    [B, L, K], teacher_log_probs float32 [B, L, K], teacher_log_rest float32 [B, L]; position_ids [B, L] when
+    padding on the left. labels[b, i] belongs to token i and is shifted by the trainer. It is -100 in padding
+    and at the first token of each sequence, which no row predicts, so that a count of labels is a count of
+    rows with a target however it is taken.
 
-    Raises ValueError naming the key for an example without teacher rows, TypeError for an example without `key`.
+    Raises ValueError naming the key for an example without teacher rows, TypeError for an example without
+    `key`.
     """
 
     def __init__(
@@ -93,12 +98,14 @@ class CacheCollator:
         if not isinstance(key, str):
             have = ", ".join(map(repr, example)) or "nothing"
             raise TypeError(
-                f"example {at} of the batch has no {self.key!r} (it has {have}): every example names its sequence in the cache; "
+                f"example {at} of the batch has no {self.key!r} (it has {have}): every example names its "
+                "sequence in the cache; "
                 "in a Trainer other than DistillTrainer set remove_unused_columns=False"
             )
         if key not in self.cache:
             raise ValueError(
-                f"the cache has no teacher rows for {key!r} (it holds {len(self.cache)} sequences): build them, or leave it out"
+                f"the cache has no teacher rows for {key!r} (it holds {len(self.cache)} sequences): build "
+                "them, or leave it out"
             )
         return key
 
@@ -112,7 +119,8 @@ class CacheCollator:
         mask = example.get("attention_mask")
         if mask is not None and (len(mask) != len(tokens) or not np.asarray(mask).all()):
             raise ValueError(
-                f"{key!r}: its attention_mask is not all ones over its {len(tokens)} tokens; the teacher saw every token: leave padding to the collator"
+                f"{key!r}: its attention_mask is not all ones over its {len(tokens)} tokens; the teacher "
+                "saw every token: leave padding to the collator"
             )
         return np.asarray(tokens[: self.max_length], dtype=np.int32)
 
@@ -123,7 +131,8 @@ class CacheCollator:
         labels = torch.as_tensor(np.asarray(given), dtype=torch.int64)[: self.max_length]
         if labels.shape != (len(ids),):
             raise ValueError(
-                f"{key!r}: {tuple(labels.shape)} labels for {len(ids)} tokens; there is one a token, -100 where none is to be learnt"
+                f"{key!r}: {tuple(labels.shape)} labels for {len(ids)} tokens; there is one a token, -100 "
+                "where none is to be learnt"
             )
         return labels
 

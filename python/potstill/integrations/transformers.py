@@ -10,8 +10,9 @@
     )
     trainer.train()
 
-Labels follow the convention of transformers in batches (`labels[i]` belongs to token i) and are shifted exactly once, in
-`compute_loss`, to "the next token of row i". Teacher rows are never shifted: the cache's row i already speaks of token i + 1.
+Labels follow the convention of transformers in batches (`labels[i]` belongs to token i) and are shifted
+exactly once, in `compute_loss`, to "the next token of row i". Teacher rows are never shifted: the cache's row
+i already speaks of token i + 1.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def student_hidden(
 ) -> tuple[Tensor, Any]:
     """(hidden [B, L, D], model outputs) of a batch of model inputs; teacher columns and labels are left out.
 
-    The wrapped module itself is called, so the hooks of data-parallel wrappers fire; the head is run on the last position
-    only (`all_logits=True`: on all of them).
+    The wrapped module itself is called, so the hooks of data-parallel wrappers fire; the head is run on the
+    last position only (`all_logits=True`: on all of them).
     """
     inputs = {
         name: value for name, value in batch.items() if name not in TEACHER_COLUMNS and name != "labels"
@@ -80,7 +81,8 @@ def _student_head(model: nn.Module, vocab_size: int | None) -> Head:
     for attribute in ("lora_A", "base_layer", "modules_to_save"):
         if hasattr(embeddings, attribute):
             raise ValueError(
-                f"the student's head is wrapped by an adapter ({type(embeddings).__name__}): its weight alone is not what the "
+                f"the student's head is wrapped by an adapter ({type(embeddings).__name__}): its weight "
+                "alone is not what the "
                 "model applies; leave the head out of the adapter's target modules"
             )
     return Head.from_model(inner, vocab_size=vocab_size)
@@ -89,7 +91,8 @@ def _student_head(model: nn.Module, vocab_size: int | None) -> Head:
 def _require_rows(inputs: dict[str, Any]) -> None:
     if missing := [name for name in (*TEACHER_COLUMNS, "labels") if inputs.get(name) is None]:
         raise ValueError(
-            f"the batch has no {', '.join(missing)}: distillation needs the teacher's rows of every sequence; use "
+            f"the batch has no {', '.join(missing)}: distillation needs the teacher's rows of every "
+            "sequence; use "
             "CacheCollator as data_collator and give examples with a `key`"
         )
 
@@ -97,18 +100,20 @@ def _require_rows(inputs: dict[str, Any]) -> None:
 class DistillMixin(_Base):
     """Puts the fused sparse distillation loss into any `transformers.Trainer` subclass: `class Mine(DistillMixin, Base)`.
 
-    Batches come from `CacheCollator`. A batch without teacher rows is an error in training and in evaluation; there is no
-    fall-back to cross-entropy. Sums are divided by `num_items_in_batch` where the Trainer gives it, so gradient accumulation
-    does not change the gradient. Logs carry `distill` and `ce`, evaluation `eval_distill` and `eval_ce`.
+    Batches come from `CacheCollator`. A batch without teacher rows is an error in training and in evaluation;
+    there is no fall-back to cross-entropy. Sums are divided by `num_items_in_batch` where the Trainer gives
+    it, so gradient accumulation does not change the gradient. Logs carry `distill` and `ce`, evaluation
+    `eval_distill` and `eval_ce`.
 
-    Raises ValueError for arguments that would be ignored silently (compute_loss_func, label smoothing) and for a cache over
-    another vocabulary than the student's head.
+    Raises ValueError for arguments that would be ignored silently (compute_loss_func, label smoothing) and
+    for a cache over another vocabulary than the student's head.
     """
 
     def __init__(self, *args: Any, distill: DistillConfig | None = None, **kwargs: Any) -> None:
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "compute_loss_func is never given the teacher's rows; choose the objective with distill=DistillConfig(...)"
+                "compute_loss_func is never given the teacher's rows; choose the objective with "
+                "distill=DistillConfig(...)"
             )
         if "tokenizer" in kwargs and "processing_class" not in kwargs:
             kwargs["processing_class"] = kwargs.pop("tokenizer")
@@ -116,7 +121,8 @@ class DistillMixin(_Base):
         self.distill = DistillConfig() if distill is None else distill
         if getattr(self, "label_smoother", None) is not None:
             raise ValueError("label_smoothing_factor has no part in the distillation loss: set it to 0")
-        # The loss below honours num_items_in_batch; this is how a Trainer is told to count it and not to divide again.
+        # The loss below honours num_items_in_batch; this is how a Trainer is told to count it and not to
+        # divide again.
         self.model_accepts_loss_kwargs = True
         self._parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
         self._steps_at_log = 0
@@ -129,7 +135,8 @@ class DistillMixin(_Base):
         head = _student_head(self.model, self.distill.vocab_size)
         if cache.spec.vocab_size != head.vocab_size:
             raise ValueError(
-                f"the cache is over a vocabulary of {cache.spec.vocab_size}, the student's head over {head.vocab_size}: "
+                f"the cache is over a vocabulary of {cache.spec.vocab_size}, the student's head over "
+                f"{head.vocab_size}: "
                 "teacher and student need one tokenizer; where only the head's matrix is padded, give "
                 f"DistillConfig(vocab_size={cache.spec.vocab_size})"
             )
@@ -157,7 +164,8 @@ class DistillMixin(_Base):
         teacher = TopK(inputs["teacher_ids"], inputs["teacher_log_probs"], inputs["teacher_log_rest"])
         if teacher.ids.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
-                f"teacher rows are {list(teacher.ids.shape[:-1])}, the student's hidden states {list(hidden.shape[:-1])}"
+                f"teacher rows are {list(teacher.ids.shape[:-1])}, the student's hidden states "
+                f"{list(hidden.shape[:-1])}"
             )
         options = {name: value for name, value in vars(self.distill).items() if name != "vocab_size"}
         loss, parts = linear_distill_loss(
@@ -206,7 +214,9 @@ class DistillMixin(_Base):
         return {name: float(self.accelerator.gather(value).mean()) / divisor for name, value in noted.items()}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the parts of the loss, averaged over the optimiser steps since the last log, to the training logs."""
+        """Adds the parts of the loss, averaged over the optimiser steps since the last log, to the training
+        logs.
+        """
         if "loss" in logs:
             logs.update(self._take(True, self.state.global_step - self._steps_at_log))
         super().log(logs, *args, **kwargs)
@@ -220,4 +230,6 @@ class DistillMixin(_Base):
 
 
 class DistillTrainer(DistillMixin, transformers.Trainer):
-    """`transformers.Trainer` with the fused sparse distillation loss; takes `distill=DistillConfig(...)` beside its arguments."""
+    """`transformers.Trainer` with the fused sparse distillation loss; takes `distill=DistillConfig(...)`
+    beside its arguments.
+    """

@@ -1,0 +1,57 @@
+"""A tiny random Llama, ragged token sequences, and a cache of the model's own next-token distributions at k =
+V.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import potstill as ps
+import pytest
+import torch
+
+VOCAB = 300
+LENGTHS = (23, 9, 17, 2)
+
+
+def tiny_llama(seed: int = 0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def exact_rows(model, tokens, k: int = VOCAB) -> ps.TopK:
+    """What the model says of each next token, not rounded by a cache: TopK [L, k]."""
+    with torch.no_grad():
+        return ps.topk(model(torch.as_tensor(tokens, dtype=torch.int64)[None]).logits[0], k)
+
+
+@pytest.fixture(scope="session")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def sequences() -> dict[str, np.ndarray]:
+    g = np.random.default_rng(0)
+    return {f"s{i}": g.integers(1, VOCAB, n).astype(np.int32) for i, n in enumerate(LENGTHS)}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory, model, sequences):
+    folder = tmp_path_factory.mktemp("cache") / "c"
+    with ps.cache.Writer(folder, ps.cache.Spec(vocab_size=VOCAB, k=VOCAB, teacher="tiny")) as writer:
+        for key, tokens in sequences.items():
+            writer.add(key, tokens, exact_rows(model, tokens))
+    return ps.cache.open(folder)
