@@ -157,6 +157,21 @@ def test_the_manifest_can_be_rebuilt(small):
     assert same(path, given) and cache.verify_cache(path).ok
 
 
+def test_pitfall_23_a_flip_in_a_later_block_leaves_the_first_readable(tmp_path, lab):
+    given = lab.write(tmp_path / "c", {"long": 9000}, vocab=60)
+    (shard,) = lab.shard_files(tmp_path / "c")
+    data = bytearray(shard.read_bytes())
+    data[next(end for end, name in layout(bytes(data)) if name == "block 1") - 500] ^= 4
+    shard.write_bytes(data)
+    store = cache.open(tmp_path / "c")
+    with pytest.raises(cache.CacheError, match=f"{shard.name}, block 1: the checksum differs"):
+        store.numpy("long")
+    assert [(p.file, p.part) for p in store.verify().problems] == [(shard.name, "block 1")]
+    torch = pytest.importorskip("torch")
+    top = store.batch(["long"], tokens=[given["long"].tokens[:8192]])
+    assert torch.equal(top.ids[0], torch.from_numpy(given["long"].ids[:8192]))
+
+
 def test_recover_salvages_whole_sequences(small, lab):
     """One damaged block costs its sequence; the others come back, and the damaged file is put aside."""
     path, shard, given = small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,10 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from potstill import cache
 
 xxhash = pytest.importorskip("xxhash", reason="forging checksums needs the xxhash package")
@@ -118,17 +122,22 @@ def test_pitfall_28_symlinks(forged, tmp_path, lab):
         cache.Writer(path, lab.spec())
 
 
-def reforge(path, lab, change) -> None:
+def reforge(path, lab, change, blocks: int = 1) -> None:
     """Applies a change to the only shard, then makes every checksum, the name and the manifest right."""
     (shard,) = lab.shard_files(path)
     data = bytearray(shard.read_bytes())
     (header_len,) = struct.unpack_from("<I", data, 12)
     (footer_len,) = struct.unpack_from("<Q", data, len(data) - 32)
     foot = len(data) - 32 - footer_len
+    lengths = [struct.unpack_from("<I", data, foot + 40 + 24 * i)[0] for i in range(blocks)]
     change(data, header_len, foot)
     struct.pack_into("<Q", data, header_len - 8, xxh3(bytes(data[: header_len - 8])))
-    struct.pack_into("<Q", data, foot - 8, xxh3(bytes(data[header_len : foot - 8])))
-    data[foot + 32 : foot + 40] = data[foot - 8 : foot]
+    start = header_len
+    for i, length in enumerate(lengths):
+        end = start + length
+        struct.pack_into("<Q", data, end - 8, xxh3(bytes(data[start : end - 8])))
+        data[foot + 32 + 24 * i : foot + 40 + 24 * i] = data[end - 8 : end]
+        start = end
     struct.pack_into("<Q", data, len(data) - 40, xxh3(bytes(data[foot : len(data) - 40])))
     struct.pack_into("<Q", data, len(data) - 16, xxh3(bytes(data[-32:-16])))
     name = hashlib.sha256(bytes(data[:header_len] + data[foot:-32])).hexdigest()[:32]
@@ -243,6 +252,33 @@ except cache.CacheError as error:
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )
     assert done.stdout.startswith("refused"), done.stderr
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=5))
+def test_pitfall_28_forged_bytes_never_crash(tmp_path_factory, lab, changes):
+    """Any bytes, with checksums and names made right: an ordinary error or rows within bounds."""
+    path = tmp_path_factory.mktemp("forged") / "c"
+    lab.write(path, {"a": 5, "b": 3}, ragged=True, k=3, vocab=40)
+
+    def change(data, header_len, foot):
+        for place, value in changes:
+            data[int(place * (len(data) - 32))] = value
+
+    try:
+        reforge(path, lab, change, blocks=2)
+    except (struct.error, IndexError):
+        return  # lengths that this forger cannot follow
+    with contextlib.suppress(cache.CacheError, MemoryError):
+        store = cache.open(path)
+        for key in store.keys():
+            with contextlib.suppress(cache.CacheError, MemoryError):
+                tokens, ids, log_probs, log_rest = store.numpy(key)
+                assert tokens.min() >= 0 and ids.max() < store.spec.vocab_size and ids.min() >= -1
+                assert not np.isnan(log_probs).any() and log_probs.max() <= 0 and log_rest.max() <= 0
+    cache.verify_cache(path)
+    with contextlib.suppress(cache.CacheError, OSError):
+        cache.recover_cache(path)
 
 
 def test_import_needs_no_torch():

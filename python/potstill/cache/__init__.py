@@ -13,7 +13,14 @@ tensors.
 
 from __future__ import annotations
 
-from potstill._rust import FORMAT_VERSION, CacheError, TokenMismatch
+try:
+    from potstill._rust import FORMAT_VERSION, CacheError, TokenMismatch
+except ImportError as error:
+    raise ImportError(
+        f"potstill.cache needs the Rust extension potstill._rust, which cannot be imported ({error}); "
+        "install potstill again with cargo on the PATH, `potstill doctor` tells more"
+    ) from error
+
 from potstill.cache.reader import Cache, CachedSequence, open
 from potstill.cache.spec import Spec
 from potstill.cache.tools import Problem, Report, inspect_cache, recover_cache, verify_cache

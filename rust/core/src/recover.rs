@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::files::{self, FileSource, Source, OPEN, SMALL};
 use crate::format::block::{self, Block, KIND_ROWS};
 use crate::format::name::{record_number, shard_file};
+use crate::format::MAX_BLOCK_DECODED;
 use crate::log::{self, log_dir, open_dir, shards_dir, Record};
 use crate::reader::open_shard;
 use crate::rows::{Rows, RowsMut};
@@ -44,7 +45,7 @@ impl Partial {
         let (old, new) = (self.tokens.len(), self.tokens.len() + block.head.rows as usize);
         let size = block.head.rows as u64 * k as u64;
         // a row takes at least 4 bytes of payload: nothing is allocated for rows that cannot be there
-        if block.head.rows as usize > block.payload.len() || size > 1 << 24 {
+        if block.head.rows as usize > block.payload.len() || size > MAX_BLOCK_DECODED {
             return Err(format!("{} rows in {} bytes", block.head.rows, block.payload.len()));
         }
         self.tokens.resize(new, 0);

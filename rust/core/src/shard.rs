@@ -8,6 +8,7 @@ use crate::format::block::{self, Block};
 use crate::format::footer::{self, Footer, TRAILER};
 use crate::format::header::{self, Header, Refusal};
 use crate::format::name::{shard_file, shard_name};
+use crate::format::MAX_BLOCK_DECODED;
 
 /// The checked index of a shard; holds no file handle.
 pub struct Shard {
@@ -66,7 +67,11 @@ impl Shard {
         }
         let mut offsets = vec![header.len as u64];
         let mut at = header.len as u64;
-        for b in &footer.blocks {
+        for (n, b) in footer.blocks.iter().enumerate() {
+            if b.kind == block::KIND_ROWS && u64::from(b.rows) * u64::from(header.k) > MAX_BLOCK_DECODED {
+                let what = format!("{} rows of up to {} entries in one block", b.rows, header.k);
+                return Err(Error::damaged(&file, Part::Block(n as u32), what));
+            }
             at += u64::from(b.len);
             offsets.push(at);
         }

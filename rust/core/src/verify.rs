@@ -195,9 +195,6 @@ fn check_rows(
     all_tokens: &mut Vec<i32>,
 ) -> std::result::Result<(), String> {
     let (n, k) = (block.head.rows as usize, spec.k as usize);
-    if n as u64 * k as u64 > 1 << 24 && n > 1 {
-        return Err(format!("{n} rows of {k} entries in one block"));
-    }
     let (mut tokens, mut ids) = (vec![0; n], vec![0; n * k]);
     let (mut log_probs, mut log_rest) = (vec![0.0; n * k], vec![0.0; n]);
     codec.decode_tokens(block.payload, block.head.shape(), &mut tokens)?;

@@ -12,6 +12,8 @@ pub const MAX_FOOTER: usize = 1 << 30;
 pub const MAX_KEY: usize = 512;
 /// Rows of one block.
 pub const MAX_BLOCK_ROWS: u32 = 65_536;
+/// Rows of a block times k: 128 MiB decoded, whatever the payload's size.
+pub const MAX_BLOCK_DECODED: u64 = 1 << 24;
 
 /// Format version: a newer major is refused, a newer minor is read.
 pub const MAJOR: u16 = 1;
