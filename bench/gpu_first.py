@@ -236,10 +236,11 @@ def loss_cases(bench: Bench, rows: int, vocab: int, width: int, compiled: bool) 
     variants = {
         "eager": step(lambda: eager_loss(hidden, weight, t_hidden, t_weight)),
         "potstill": step(lambda: ps.linear_distill_loss(hidden, ps.Head(weight), teacher)),
-        "potstill cuda": step(
-            lambda: ps.linear_distill_loss(hidden, ps.Head(weight), teacher, backend="cuda")
-        ),
     }
+    if bench.device.type == "cuda":
+        variants["potstill cuda"] = step(
+            lambda: ps.linear_distill_loss(hidden, ps.Head(weight), teacher, backend="cuda")
+        )
     if compiled:
         fused = torch.compile(eager_loss)
         variants["torch.compile"] = step(lambda: fused(hidden, weight, t_hidden, t_weight))

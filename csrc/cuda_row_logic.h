@@ -2,121 +2,17 @@
 //   thread, threads      this thread's number, and how many there are
 //   reduce(x, op)        op over every thread's x (a struct of floats), the same result in all
 //   sync()               a barrier
-//   memory               zeroed bytes shared by the threads, for a sparse row (sparse_memory)
+//   memory               bytes shared by the threads, for a sparse row: 4 * mask_words zeroed, then 4 * k
 // so that a host build can run the same code (tests/kernels/host_rows.cpp). See potstill/rows.py for the meaning.
 //
 // Passes over a row: dense 1 max and sum of both sides, 2 terms and slope sum, 3 gradient; sparse 1 max and sum of the
 // student, 2 gradient, then the K entries over it. The rest of a bucket row is summed from the columns outside the K,
 // which a bit mask of the vocabulary in shared memory marks, so that nothing is subtracted.
 #pragma once
-#include <cmath>
-#include <cstring>
-
-#include "kernels.h"
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define POTSTILL_FN static __device__ __forceinline__
-#else
-#define POTSTILL_FN static inline
-#endif
+#include "cuda_numbers.h"
 
 namespace potstill {
 namespace gpu {
-
-constexpr int kPack = 8;  // columns a thread takes at once: 16 bytes of bf16
-
-template <class V>
-struct two {
-  V a, b;
-};
-template <class V>
-POTSTILL_FN V lit(double x) {
-  return static_cast<V>(x);
-}
-POTSTILL_FN float infinity() { return HUGE_VALF; }
-POTSTILL_FN float where(bool c, float a, float b) { return c ? a : b; }
-POTSTILL_FN float abs(float x) { return fabsf(x); }
-POTSTILL_FN float expm1(float x) { return expm1f(x); }
-POTSTILL_FN float log1p(float x) { return log1pf(x); }
-#ifdef __CUDACC__
-POTSTILL_FN float exp(float x) { return __expf(x); }  // 2 ulp near 0, |x| / 2 ulp elsewhere
-using bf16 = __nv_bfloat16;
-using f16 = __half;
-POTSTILL_FN float widen(bf16 x) { return __bfloat162float(x); }
-POTSTILL_FN float widen(f16 x) { return __half2float(x); }
-POTSTILL_FN void narrow(float x, bf16& y) { y = __float2bfloat16_rn(x); }
-POTSTILL_FN void narrow(float x, f16& y) { y = __float2half_rn(x); }
-POTSTILL_FN void set_bit(uint32_t* mask, int64_t i) { atomicOr(mask + i / 32, 1u << (i % 32)); }
-#else
-POTSTILL_FN float exp(float x) { return expf(x); }
-struct bf16 {
-  uint16_t bits;
-};
-using f16 = _Float16;
-POTSTILL_FN float widen(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-POTSTILL_FN float widen(f16 x) { return static_cast<float>(x); }
-POTSTILL_FN void narrow(float x, bf16& y) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  y.bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
-}
-POTSTILL_FN void narrow(float x, f16& y) { y = static_cast<f16>(x); }
-POTSTILL_FN void set_bit(uint32_t* mask, int64_t i) { __atomic_fetch_or(mask + i / 32, 1u << (i % 32), __ATOMIC_RELAXED); }
-#endif
-POTSTILL_FN float widen(float x) { return x; }
-POTSTILL_FN void narrow(float x, float& y) { y = x; }
-
-#include "divergences.inc"
-
-template <class T>
-struct alignas(16) Pack {
-  T x[kPack];
-};
-
-template <class T>
-POTSTILL_FN void load_as(const void* base, int64_t j, int64_t end, float* x) {
-  const T* p = static_cast<const T*>(base) + j;
-  if (j + kPack <= end && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p);
-    for (int i = 0; i < kPack; ++i) x[i] = widen(pack.x[i]);
-  } else {
-    for (int i = 0; i < kPack; ++i) x[i] = j + i < end ? widen(p[i]) : 0.0f;
-  }
-}
-
-template <class T>
-POTSTILL_FN void store_as(void* base, int64_t j, int64_t end, const float* x) {
-  T* p = static_cast<T*>(base) + j;
-  if (j + kPack <= end && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-    Pack<T> pack;
-    for (int i = 0; i < kPack; ++i) narrow(x[i], pack.x[i]);
-    *reinterpret_cast<Pack<T>*>(p) = pack;
-  } else {
-    for (int i = 0; i < kPack; ++i)
-      if (j + i < end) narrow(x[i], p[i]);
-  }
-}
-
-POTSTILL_FN void load(Dtype dtype, const void* base, int64_t j, int64_t end, float* x) {
-  if (dtype == Dtype::bf16) return load_as<bf16>(base, j, end, x);
-  if (dtype == Dtype::f16) return load_as<f16>(base, j, end, x);
-  load_as<float>(base, j, end, x);
-}
-
-POTSTILL_FN void store(Dtype dtype, void* base, int64_t j, int64_t end, const float* x) {
-  if (dtype == Dtype::bf16) return store_as<bf16>(base, j, end, x);
-  if (dtype == Dtype::f16) return store_as<f16>(base, j, end, x);
-  store_as<float>(base, j, end, x);
-}
-
-POTSTILL_FN int64_t bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 // One side of one row, its numbers in fp32.
 struct Logits {
@@ -289,7 +185,7 @@ POTSTILL_FN void dense_row(Block& block, const DenseRows& call, Dtype grad_dtype
   }
 }
 
-// Bytes of shared memory of a sparse row: a bit for each column, then the gradient of each of the K entries.
+// 32-bit words of a sparse row's mask, a bit for each column; 16-byte blocks of them.
 POTSTILL_FN int64_t mask_words(const SparseRows& call) { return (call.student.vocab + 127) / 128 * 4; }
 
 template <class Block, class F>
@@ -388,32 +284,6 @@ POTSTILL_FN void sparse_row(Block& block, const SparseRows& call, Dtype grad_dty
     const float one[kPack] = {entry_grad[i]};
     store(grad_dtype, static_cast<char*>(grad) + ids[i] * bytes(grad_dtype), 0, 1, one);
   }
-}
-
-// A formula with its parameters bound, by its place in the table.
-#define POTSTILL_CALL_0(name) name(lp, lq)
-#define POTSTILL_CALL_1(name) name(lp, lq, a)
-#define POTSTILL_CALL_2(name) name(lp, lq, a, b)
-#define POTSTILL_FUNCTOR(name, count)                                                                  \
-  struct name##_functor {                                                                              \
-    float a, b;                                                                                        \
-    POTSTILL_CALL two<float> operator()(float lp, float lq) const { return POTSTILL_CALL_##count(name); } \
-  };
-#ifdef __CUDACC__
-#define POTSTILL_CALL __device__ __forceinline__
-#else
-#define POTSTILL_CALL inline
-#endif
-POTSTILL_DIVERGENCES(POTSTILL_FUNCTOR)
-
-// visit(functor) for the call's divergence
-template <class Visit>
-void with_formula(const Rows& call, Visit&& visit) {
-  int index = 0;
-  const float a = static_cast<float>(call.params[0]), b = static_cast<float>(call.params[1]);
-#define POTSTILL_CASE(name, count) \
-  if (call.divergence == index++) return visit(name##_functor{a, b});
-  POTSTILL_DIVERGENCES(POTSTILL_CASE)
 }
 
 }  // namespace gpu
