@@ -62,6 +62,8 @@ lint: install
 gpu-compile: install
 	$(PIP) '$(NVCC_PACKAGE)'
 	$(PY) bench/compile_gpu.py
+	POTSTILL_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/gpu
+	cd build/gpu/potstill && $(CURDIR)/$(PY) -c 'import _cuda; print("_cuda loads without a driver")'
 
 clean:
 	rm -rf $(VENV) build dist out python/potstill/*.so
