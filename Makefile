@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 STORE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/potstill
 export CARGO_TARGET_DIR ?= $(STORE)/target
+export UV_PYTHON_DOWNLOADS := never
 
 VENV := .venv
 PY := $(VENV)/bin/python

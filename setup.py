@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 COMPILE_JOBS = 2  # a translation unit of templates takes about 1 GB
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -pthread -DNDEBUG -Wall".split()
-NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden -t2".split()
+NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -t2 -Xcompiler=-fPIC,-fvisibility=hidden".split()
 CUDA_ARCHS = "80 90a 100"
 CUDA_PACKAGE = "cuda-toolkit[nvcc,cccl,cudart,crt,nvvm]==13.0.2"
 X86_ISAS = {
