@@ -196,3 +196,12 @@ def test_recover_leaves_a_whole_cache_alone(small):
     path, shard, given = small
     found = cache.recover_cache(path)
     assert found["files"] == 0 and found["lost"] == [] and shard.exists() and same(path, given)
+
+
+def test_recover_touches_no_other_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(cache.CacheError, match="no cache here"):
+        cache.recover_cache(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+    report = cache.verify_cache(tmp_path)
+    assert not report.ok and "no cache here" in str(report.problems[0])

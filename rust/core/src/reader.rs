@@ -1,21 +1,19 @@
 //! The reader: an index in memory, positioned reads, decoding into caller memory. It holds no thread and no lock that a
 //! forked child could find taken.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use crate::error::{Error, Part, Result};
 use crate::files::{self, FileSource, Source};
 use crate::format::block::KIND_ROWS;
 use crate::format::name::shard_file;
+use crate::handles::{with_scratch, Handles};
 use crate::log::{shards_dir, State};
 use crate::rows::RowsMut;
-use crate::shard::Shard;
+use crate::shard::{open_shard, Shard};
 use crate::spec::Spec;
-
-const OPEN_FILES: usize = 16;
 
 /// Where a sequence is: shard, position in it, first block.
 #[derive(Debug, Clone, Copy)]
@@ -33,7 +31,7 @@ pub struct Reader {
     pub places: Vec<Place>,
     index: HashMap<String, usize>,
     tokens: u64,
-    files: Mutex<Vec<(usize, Arc<FileSource>)>>,
+    handles: Handles,
 }
 
 /// A sequence to decode and the tokens it must start with.
@@ -41,13 +39,6 @@ pub struct Wanted<'a> {
     pub sequence: usize,
     pub rows: usize,
     pub tokens: Option<&'a [i32]>,
-}
-
-/// Every shard file that the log lists, opened with its full check.
-pub fn open_shard(root: &Path, name: &str, spec: &Spec) -> Result<Shard> {
-    let path = shards_dir(root).join(shard_file(name));
-    let source = files::open_regular(&path).map_err(Error::io("open", &path))?;
-    Shard::open(&source, name, &spec.hash)
 }
 
 impl Reader {
@@ -68,7 +59,7 @@ impl Reader {
             places: Vec::new(),
             index: HashMap::new(),
             tokens: 0,
-            files: Mutex::new(Vec::new()),
+            handles: Handles::default(),
         };
         for entry in &state.shards {
             let shard = open_shard(root, &entry.name, &reader.spec)?;
@@ -164,25 +155,11 @@ impl Reader {
         &self.entry(sequence).key
     }
 
-    // A handle kept from an earlier read, or a new one. try_lock: after a fork the lock may be held by nobody alive.
     fn source(&self, shard: usize) -> Result<Arc<FileSource>> {
-        if let Ok(mut kept) = self.files.try_lock() {
-            if let Some(at) = kept.iter().position(|(n, _)| *n == shard) {
-                let hit = kept.remove(at);
-                let source = Arc::clone(&hit.1);
-                kept.push(hit);
-                return Ok(source);
-            }
-        }
-        let path = shards_dir(&self.root).join(shard_file(&self.shards[shard].name));
-        let source = Arc::new(files::open_regular(&path).map_err(Error::io("open", &path))?);
-        if let Ok(mut kept) = self.files.try_lock() {
-            if kept.len() >= OPEN_FILES {
-                kept.remove(0);
-            }
-            kept.push((shard, Arc::clone(&source)));
-        }
-        Ok(source)
+        self.handles.get(shard, || {
+            let path = shards_dir(&self.root).join(shard_file(&self.shards[shard].name));
+            files::open_regular(&path).map_err(Error::io("open", &path))
+        })
     }
 
     // visits the row blocks that hold the first `rows` rows: f(block, first row, rows wanted of it)
@@ -317,16 +294,4 @@ impl Reader {
             Ok(())
         })
     }
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
-// one block buffer per thread: a fresh one for each call costs as much as decoding into it
-fn with_scratch<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
-    let mut scratch = SCRATCH.take();
-    let done = work(&mut scratch);
-    SCRATCH.set(scratch);
-    done
 }

@@ -1,14 +1,17 @@
 //! One shard opened for reading: header, trailer and index are checked here, blocks when they are read.
 
 use std::io;
+use std::path::Path;
 
 use crate::error::{Error, Part, Result};
-use crate::files::Source;
+use crate::files::{self, Source};
 use crate::format::block::{self, Block};
 use crate::format::footer::{self, Footer, TRAILER};
 use crate::format::header::{self, Header, Refusal};
 use crate::format::name::{shard_file, shard_name};
 use crate::format::MAX_BLOCK_DECODED;
+use crate::log::shards_dir;
+use crate::spec::Spec;
 
 /// The checked index of a shard; holds no file handle.
 pub struct Shard {
@@ -39,6 +42,13 @@ fn read(source: &dyn Source, offset: u64, out: &mut [u8]) -> std::result::Result
         io::ErrorKind::UnexpectedEof => format!("the file ends inside these {} bytes", out.len()),
         _ => e.to_string(),
     })
+}
+
+/// Opens shard `name` of the cache at `root` with its full check.
+pub fn open_shard(root: &Path, name: &str, spec: &Spec) -> Result<Shard> {
+    let path = shards_dir(root).join(shard_file(name));
+    let source = files::open_regular(&path).map_err(Error::io("open", &path))?;
+    Shard::open(&source, name, &spec.hash)
 }
 
 impl Shard {

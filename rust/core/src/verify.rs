@@ -13,9 +13,9 @@ use crate::files::{self, Source, OPEN};
 use crate::format::block::KIND_ROWS;
 use crate::format::name::shard_file;
 use crate::log::{self, open_dir, shards_dir, State};
-use crate::reader::{open_shard, Reader};
+use crate::reader::Reader;
 use crate::rows::{Checker, Rows, RowsMut, STORED_MASS};
-use crate::shard::Shard;
+use crate::shard::{open_shard, Shard};
 use crate::spec::Spec;
 
 /// One thing that is wrong: the file, the part of it, and a sentence.

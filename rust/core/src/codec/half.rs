@@ -7,7 +7,7 @@ const LARGEST: f32 = 65504.0;
 /// Round to nearest even; finite values above 65504 become 65504 (their probability is 0 in every float type).
 #[inline]
 pub fn encode(surprisal: f32) -> u16 {
-    let value = surprisal.max(0.0).min(LARGEST).abs(); // abs: max may let -0.0 through
+    let value = surprisal.clamp(0.0, LARGEST).abs(); // abs: clamp lets -0.0 through
     let bits = value.to_bits();
     // below 2^-14 adding 0.5 leaves round(value * 2^24) in the low mantissa bits
     let tiny = (value + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
