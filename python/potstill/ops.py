@@ -205,7 +205,7 @@ def _rows_arguments(ctx: Any, grad: Tensor, lead: int) -> list[Any]:
     """The saved inputs with coef multiplied by the incoming gradient of each row."""
     args = list(ctx.inputs)
     for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-        args[i] = tensor.detach()
+        args[i] = tensor  # not detached: a second derivative must meet the backward op, which refuses it
     place = lead + N_TEACHER
     args[place] = torch.where(args[place] != 0, args[place] * grad, 0.0)
     return args
