@@ -94,7 +94,7 @@ const char* launch_sparse(const SparseRows& call, Dtype grad, uintptr_t stream) 
     const auto kernel = gpu::sparse_rows_kernel<decltype(formula)>;
     if (memory > 40 << 10)
       error = gpu::sentence(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(memory)),
-                            "sparse_rows: the vocabulary's bit mask does not fit into shared memory");
+                            "sparse_rows could not reserve shared memory for the vocabulary's bit mask");
     if (error) return;
     kernel<<<static_cast<unsigned>(call.rows), gpu::kThreads, memory, s>>>(call, grad, formula);
     error = gpu::sentence(cudaGetLastError(), "sparse_rows was not launched");
