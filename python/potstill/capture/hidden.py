@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The causal LM inside data-parallel, torch.compile and peft wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -25,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -> tuple[Tensor, Any]:
-    """Runs `model(**inputs)` and returns (hidden [B, L, D], outputs): hidden is exactly what the model's head is given.
+    """Runs `model(**inputs)`; (hidden [B, L, D], outputs): hidden is exactly what the model's head is given.
 
     The whole forward runs, wrappers included, so the hooks of DDP and FSDP fire; the head itself is given the
     last position only, so `outputs.logits` is [B, 1, V] and nothing of size [B, L, V] exists. With

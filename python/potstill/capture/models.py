@@ -26,7 +26,7 @@ class Loaded:
 
 
 def locate(model: str | os.PathLike[str]) -> tuple[str, str | None]:
-    """(what `from_pretrained` takes, gguf file name or None) of a folder, hub name, GGUF path or `package:NAME`.
+    """(argument of `from_pretrained`, GGUF file or None) of a folder, hub name, GGUF path or `package:NAME`.
 
     Raises FileNotFoundError for a path that is not there and ValueError for a package without one GGUF file.
     """
@@ -95,7 +95,8 @@ def load_model(
     stored = torch.float32 if gguf else "auto"
     chosen = stored if dtype == "auto" else getattr(torch, dtype)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
+        loaded, info = auto.from_pretrained(
             where, output_loading_info=True, **{_dtype_word(): chosen}, **options
         )
     except OSError as e:
@@ -130,7 +131,7 @@ def load_model(
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None) -> Any:
-    """The tokenizer of a folder, hub name, GGUF file or `package:NAME`; FileNotFoundError when there is none."""
+    """The tokenizer of a folder, hub name, GGUF file or `package:NAME`; else FileNotFoundError."""
     from transformers import AutoTokenizer
 
     where, gguf = locate(model)

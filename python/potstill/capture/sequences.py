@@ -106,7 +106,8 @@ def _split(documents: Iterator[tuple[str, np.ndarray, int]], length: int) -> Ite
 
 
 def _packed(documents: Iterator[tuple[str, np.ndarray, int]], length: int) -> Iterator[TokenSequence]:
-    key, held, room, consumed = "", [], length, 0
+    held: list[np.ndarray] = []
+    key, room, consumed = "", length, 0
     for name, tokens, consumed in documents:
         start = 0
         while start < len(tokens):

@@ -107,7 +107,7 @@ def open_text(
     text_field: str = "text",
     suffixes: Iterable[str] = SUFFIXES,
 ) -> TextSource:
-    """Opens text files, folders (recursively, files whose suffix is in `suffixes`), JSONL files and `datasets` folders.
+    """Opens text files, folders (recursively, by `suffixes`), JSONL files and folders saved by `datasets`.
 
     A file given by name is read whatever its suffix (`.jsonl` as JSON lines, everything else as UTF-8 text);
     inside a folder hidden entries and `__pycache__` are left out. Names are relative to the data root: the

@@ -1,4 +1,4 @@
-"""The fused sparse loss against eager PyTorch on the same rows: time interleaved, memory each in its own process.
+"""The fused sparse loss against eager PyTorch: time taken in turns, memory each in a process of its own.
 
 `python -m potstill.demo.measure WHICH ROWS HIDDEN VOCAB K` prints the peak bytes of one forward and backward
 of WHICH ("fused" or "eager") above what was resident just before it.

@@ -16,7 +16,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "axes.edgecolor": GRID,
@@ -86,8 +86,8 @@ def _curve(axis: Any, r: dict[str, Any]) -> None:
     axis.plot(steps, losses, color=OURS, linewidth=2.2, solid_capstyle="round")
     axis.fill_between(steps, losses, color=OURS, alpha=0.08, linewidth=0)
     axis.scatter(steps[-1:], losses[-1:], color=OURS, s=28, zorder=3, clip_on=False)
-    axis.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), (0, 9), textcoords="offset points", ha="center",
-                  fontweight="bold", color=OURS)  # fmt: skip
+    end = {"textcoords": "offset points", "ha": "center", "fontweight": "bold", "color": OURS}
+    axis.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), (0, 9), **end)
     axis.set_xlim(steps[0], steps[-1] * 1.02)
     axis.set_ylim(0, max(losses) * 1.08)
     axis.set_xlabel("optimiser step")
@@ -128,11 +128,8 @@ def _storage(axis: Any, r: dict[str, Any]) -> None:
 def _pair(axis: Any, values: dict[str, float], title: str, r: dict[str, Any], show: Any) -> None:
     ratio = values["eager"] / values["fused"]
     axis.set_title(title)
-    _note(
-        axis,
-        f"{r['loss_shape']['rows']:,} rows × {r['vocab_size']:,}: {ratio:.1f} times {'less' if ratio >= 1 "
-        "else 'more'}",
-    )
+    said = f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
+    _note(axis, f"{r['loss_shape']['rows']:,} rows × {r['vocab_size']:,}: {said}")
     bars = axis.bar(
         ["eager PyTorch", "potstill"], [values["eager"], values["fused"]], color=[OTHER, OURS], width=0.58
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,22 +37,32 @@ def every_nth_layer(teacher: Any, n: int) -> Any:
     return student.requires_grad_(True)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Sequences nobody trained on: ids int64 [B, L], and the teacher's hidden states [B, L, D]."""
+
+    ids: torch.Tensor
+    teacher: HiddenTeacher
+
+
+def held_out(teacher: Any, batches: list[torch.Tensor]) -> list[HeldOut]:
+    """The teacher's side of `divergence_between`, computed once."""
+    head = Head.from_model(teacher)
+    return [HeldOut(ids, HiddenTeacher(teacher_hidden(teacher, ids), head)) for ids in batches]
+
+
 @torch.no_grad()
-def divergence_between(student: Any, teacher: Any, batches: list[torch.Tensor]) -> float:
-    """Mean KL(teacher || student) in nats a token, exact over the whole vocabulary; batches of int64 [B, L].
+def divergence_between(student: Any, batches: list[HeldOut]) -> float:
+    """Mean KL(teacher || student) in nats a token, exact over the whole vocabulary.
 
     The last row of each sequence counts too: both sides predict a token after it.
     """
     was_training = student.training
     student.eval()
-    total, rows = 0.0, 0
-    for ids in batches:
-        theirs = HiddenTeacher(teacher_hidden(teacher, ids), Head.from_model(teacher))
-        total += float(
-            linear_distill_loss(
-                teacher_hidden(student, ids), Head.from_model(student), theirs, reduction="sum"
-            )
-        )
-        rows += ids.numel()
+    head, total, rows = Head.from_model(student), 0.0, 0
+    for batch in batches:
+        hidden = teacher_hidden(student, batch.ids)
+        total += float(linear_distill_loss(hidden, head, batch.teacher, reduction="sum"))
+        rows += batch.ids.numel()
     student.train(was_training)
     return total / rows

@@ -1,4 +1,4 @@
-"""Batches of a cache: tokens, labels and teacher rows, checked against each other and padded on either side."""
+"""Batches of a cache: tokens, labels and teacher rows, checked against each other and padded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class CacheCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         keys = [self._key(example, at) for at, example in enumerate(examples)]
         tokens = [self._tokens(example, key) for example, key in zip(examples, keys, strict=True)]
-        rows = self.cache.batch(keys, tokens=tokens)  # [B, longest, K]; compares the tokens
+        rows: Any = self.cache.batch(keys, tokens=tokens)  # [B, longest, K]; compares the tokens
         longest = max(len(t) for t in tokens)
         length = -(-longest // self.multiple) * self.multiple
         size, k = len(keys), rows.ids.shape[-1]

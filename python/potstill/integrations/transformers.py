@@ -75,7 +75,7 @@ def student_hidden(
     return final_hidden(model, all_logits=all_logits, **inputs)
 
 
-def _student_head(model: nn.Module, vocab_size: int | None) -> Head:
+def _student_head(model: Any, vocab_size: int | None) -> Head:
     inner = unwrap(model)
     embeddings = inner.get_output_embeddings()
     for attribute in ("lora_A", "base_layer", "modules_to_save"):
@@ -98,7 +98,7 @@ def _require_rows(inputs: dict[str, Any]) -> None:
 
 
 class DistillMixin(_Base):
-    """Puts the fused sparse distillation loss into any `transformers.Trainer` subclass: `class Mine(DistillMixin, Base)`.
+    """Puts the fused distillation loss into any `transformers.Trainer`: `class Mine(DistillMixin, Base)`.
 
     Batches come from `CacheCollator`. A batch without teacher rows is an error in training and in evaluation;
     there is no fall-back to cross-entropy. Sums are divided by `num_items_in_batch` where the Trainer gives
@@ -143,9 +143,9 @@ class DistillMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(
-            dict.fromkeys([*self._signature_columns, *_EXAMPLE_COLUMNS, *TEACHER_COLUMNS])
-        )
+        columns: Any = self._signature_columns
+        wanted: Any = list(dict.fromkeys([*columns, *_EXAMPLE_COLUMNS, *TEACHER_COLUMNS]))
+        self._signature_columns = wanted
 
     def compute_loss(
         self,
@@ -154,7 +154,7 @@ class DistillMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The distillation loss of a batch of `CacheCollator`: a 0-d tensor, or (loss, outputs) with `return_outputs`.
+        """The loss of a batch of `CacheCollator`: a 0-d tensor, or (loss, outputs) with `return_outputs`.
 
         Outputs hold full logits only when `compute_metrics` will look at them.
         """
@@ -223,7 +223,7 @@ class DistillMixin(_Base):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._parts[False] = {}
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._take(False).items()})
         return output
