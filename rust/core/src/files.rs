@@ -103,24 +103,40 @@ pub fn unique_name(suffix: &str) -> String {
     format!("{}-{nanos:016x}-{}{suffix}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
 }
 
-fn write_temporary(dir: &Path, bytes: &[u8]) -> Result<PathBuf> {
-    let path = dir.join(unique_name(SMALL));
-    let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
-    };
-    write().map_err(|e| {
+/// A new file in `dir` that this process has locked: others take it for abandoned when the lock is free.
+pub fn create_locked(dir: &Path, suffix: &str) -> io::Result<(PathBuf, File)> {
+    loop {
+        let path = dir.join(unique_name(suffix));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+        // a process that cleans up may take and remove the file before it is locked: then make another
+        let taken = matches!(file.try_lock(), Err(fs::TryLockError::WouldBlock));
+        if !taken && path.exists() {
+            return Ok((path, file));
+        }
+    }
+}
+
+/// Locks a file whose process died; None when it is alive, or when the file system has no locks.
+pub fn lock_abandoned(path: &Path) -> Option<File> {
+    open_regular(path).ok()?;
+    let file = File::options().read(true).write(true).open(path).ok()?;
+    file.try_lock().ok().map(|()| file)
+}
+
+fn write_temporary(dir: &Path, bytes: &[u8]) -> Result<(PathBuf, File)> {
+    let (path, mut file) = create_locked(dir, SMALL).map_err(Error::io("create a file in", dir))?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    written.map_err(|e| {
         let _ = fs::remove_file(&path);
         Error::io("write", &path)(e)
     })?;
-    Ok(path)
+    Ok((path, file))
 }
 
 /// Replaces `dir/file` as a whole: temporary file, fsync, rename, fsync of the folder.
 pub fn replace(temporary_dir: &Path, dir: &Path, file: &str, bytes: &[u8]) -> Result<()> {
     let path = &dir.join(file);
-    let temporary = write_temporary(temporary_dir, bytes)?;
+    let (temporary, _lock) = write_temporary(temporary_dir, bytes)?;
     fs::rename(&temporary, path).map_err(|e| {
         let _ = fs::remove_file(&temporary);
         Error::io("rename a file to", path)(e)
@@ -131,7 +147,7 @@ pub fn replace(temporary_dir: &Path, dir: &Path, file: &str, bytes: &[u8]) -> Re
 /// Creates `dir/file` with all its bytes or not at all; false when it exists already.
 pub fn create_exclusive(temporary_dir: &Path, dir: &Path, file: &str, bytes: &[u8]) -> Result<bool> {
     let path = &dir.join(file);
-    let temporary = write_temporary(temporary_dir, bytes)?;
+    let (temporary, _lock) = write_temporary(temporary_dir, bytes)?;
     // a hard link appears whole or fails; file systems without links get create_new, whose torn result a checksum shows
     let linked = match fs::hard_link(&temporary, path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::files::{self, OPEN, SMALL};
+use crate::files::{self, OPEN};
 use crate::format::name::{record_number, shard_file};
 use crate::log::{self, log_dir, open_dir, shards_dir, Record};
 use crate::salvage::Salvage;
@@ -41,13 +41,6 @@ pub fn recover(root: &Path) -> Result<Salvage> {
     salvage.lost.extend(lost);
     writer.state().compact(root)?;
     writer.close()?;
-    for name in files::list(&open_dir(root))?.iter().filter(|n| n.ends_with(SMALL)) {
-        let path = open_dir(root).join(name);
-        let age = fs::metadata(&path).and_then(|m| m.modified()).ok().and_then(|t| t.elapsed().ok());
-        if age.is_some_and(|a| a.as_secs() > 3600) {
-            let _ = fs::remove_file(&path);
-        }
-    }
     Ok(salvage)
 }
 

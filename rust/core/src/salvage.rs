@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::Serialize;
 
 use crate::codec::Codec;
 use crate::error::{Error, Result};
-use crate::files::{self, FileSource, Source, OPEN};
+use crate::files::{self, FileSource, Source, OPEN, SMALL};
 use crate::format::block::{self, Block, KIND_ROWS};
 use crate::format::MAX_BLOCK_DECODED;
 use crate::log::open_dir;
@@ -68,9 +69,13 @@ pub fn salvage_dead(writer: &mut Writer) -> Result<Salvage> {
     let mut salvage = Salvage::default();
     let dir = open_dir(writer.root());
     let mut done = Vec::new();
+    for name in files::list(&dir)?.iter().filter(|n| n.ends_with(SMALL)) {
+        let path = dir.join(name);
+        done.extend(files::lock_abandoned(&path).map(|lock| (path, lock)));
+    }
     for name in files::list(&dir)?.iter().filter(|n| n.ends_with(OPEN)) {
         let path = dir.join(name);
-        let Some(file) = lock_dead(&path) else { continue };
+        let Some(file) = files::lock_abandoned(&path) else { continue };
         let copy = file.try_clone().map_err(Error::io("open", &path))?;
         if salvage_file(writer, copy, name, &mut salvage)? {
             salvage.files += 1;
@@ -79,15 +84,12 @@ pub fn salvage_dead(writer: &mut Writer) -> Result<Salvage> {
     }
     writer.commit()?;
     for (path, _lock) in done {
-        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(Error::io("remove", &path)(e)),
+            _ => {} // another writer that opened meanwhile may have been first
+        }
     }
     Ok(salvage)
-}
-
-fn lock_dead(path: &Path) -> Option<File> {
-    files::open_regular(path).ok()?;
-    let file = File::options().read(true).write(true).open(path).ok()?;
-    file.try_lock().ok().map(|()| file)
 }
 
 /// Adds every whole sequence of `file` to the writer; false when the file is not this version's or not this cache's.

@@ -1,7 +1,7 @@
 //! The shard that is being written: a locked temporary file that grows by whole sequences.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -39,24 +39,9 @@ pub struct Encoded {
     pub entry: SequenceEntry,
 }
 
-fn try_create(dir: &Path) -> io::Result<Option<(PathBuf, File)>> {
-    let path = dir.join(files::unique_name(OPEN));
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
-    match file.try_lock() {
-        // a process that salvages may have taken and removed the file before it was locked: then take another
-        Err(fs::TryLockError::WouldBlock) => return Ok(None),
-        Ok(()) | Err(fs::TryLockError::Error(_)) => {}
-    }
-    Ok(if path.exists() { Some((path, file)) } else { None })
-}
-
 impl OpenShard {
     pub fn create(dir: &Path, spec: &Spec, codec: &Codec) -> Result<OpenShard> {
-        let (path, mut file) = loop {
-            if let Some(made) = try_create(dir).map_err(Error::io("create a shard in", dir))? {
-                break made;
-            }
-        };
+        let (path, mut file) = files::create_locked(dir, OPEN).map_err(Error::io("create a shard in", dir))?;
         let header = header::encode(spec, codec);
         if let Err(e) = file.write_all(&header) {
             let _ = fs::remove_file(&path);
