@@ -2,7 +2,7 @@
 
 Nothing is rewritten. `device_function` gives the formula's code the globals below (`exp` is the Triton one
 and so on), does the same to every plain Python function that it calls, and hands the result to `triton.jit`.
-The primitives are fp32, need no libdevice, so that they run in the interpreter too, and keep what the formulas
+The primitives are fp32, need no libdevice, so that they run in the interpreter too, and keep what formulas
 rely on near 0 and at -inf: expm1(-inf) = -1, exp(-inf) = 0, log1p(-1) = -inf, and NaN stays NaN.
 """
 
