@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": ("potstill.cli:verify", "Check every byte of a cache; exit 1 when something is wrong."),
     "recover": ("potstill.cli:recover", "Keep what is whole of a damaged or interrupted cache."),
     "demo": ("potstill.demo.command:demo", "Distil a small model from a cache and report what was gained."),
+    "bench": ("potstill.bench.command:bench", "Measure the kernels and the cache beside their rivals."),
     "doctor": ("potstill.cli:doctor", "Say what was built, what the machine has, which kernels serve it."),
 }
 

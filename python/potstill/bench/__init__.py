@@ -1,0 +1,1 @@
+"""`potstill bench`: the kernels beside their rivals in one process, checked before they are timed."""

@@ -1,0 +1,104 @@
+"""Time in turns, memory in a process of its own.
+
+`python -m potstill.bench.measure MODULE:FUNCTION JSON` calls FUNCTION(**JSON), which returns a dict of name -> callable,
+with one more entry "choose": the name to run, and prints the peak bytes of that call above what was resident before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Variant = Callable[[], Any]
+
+
+def in_turns(variants: dict[str, Variant], repeats: int = 5, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call; every round runs each variant once, the order reversed from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for round_ in range(warm_up + repeats):
+        for name in names if round_ % 2 else names[::-1]:
+            start = time.perf_counter()
+            variants[name]()
+            if round_ >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(seconds: list[float]) -> float:
+    """(largest - smallest) / median."""
+    return (max(seconds) - min(seconds)) / median(seconds)
+
+
+def peak_in_process(builder: str, arguments: dict[str, Any], threads: int) -> int:
+    """Peak bytes of the call that `builder` ("module:function") makes from `arguments`, in a fresh process."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "potstill.bench.measure", builder, json.dumps(arguments)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {builder} failed:\n{done.stderr[-2000:]}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def resident() -> tuple[int, int]:
+    """(resident bytes, peak resident bytes) of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak, peak
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
+
+
+def peak_bytes(call: Variant) -> int:
+    """Peak resident bytes of one call above what was resident before it; for a process of its own."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # resets the peak to what is resident
+    before = resident()[0]
+    call()
+    return resident()[1] - before
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model)
+    from potstill import __version__
+
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "potstill": __version__,
+    }
+
+
+if __name__ == "__main__":
+    module, function = sys.argv[1].split(":")
+    arguments = json.loads(sys.argv[2])
+    chosen = arguments.pop("choose")
+    build = getattr(importlib.import_module(module), function)
+    small = build(**{**arguments, **{k: 8 for k in ("rows",) if k in arguments}})
+    small[chosen]()  # brings in libraries and thread pools, which are no part of the call's memory
+    del small
+    print(json.dumps(peak_bytes(build(**arguments)[chosen])))
