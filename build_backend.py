@@ -11,9 +11,7 @@ import maturin
 
 def _need_cargo() -> None:
     if shutil.which("cargo") is None:
-        sys.exit(
-            "potstill: building needs Rust; `cargo` is not on PATH. Install Rust (rustup) and build again."
-        )
+        sys.exit("potstill: building needs Rust; `cargo` is not on PATH. Install Rust (rustup) and build again.")
 
 
 def _build_native() -> None:

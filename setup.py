@@ -76,9 +76,7 @@ def find_headers() -> tuple[list[str], str]:
     """Include flags of Python and pybind11, and their versions."""
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists():
-        stop(
-            f"building needs Python's headers; {include} has no Python.h. Install them (Debian: python3-dev)."
-        )
+        stop(f"building needs Python's headers; {include} has no Python.h. Install them (Debian: python3-dev).")
     try:
         import pybind11
     except ImportError:
@@ -169,9 +167,7 @@ class BuildNative(build_ext):
             for source in sorted(self.sources.glob("*.cu"))
         ]
         bindings = self.sources / "cuda_bindings.cpp"
-        jobs.append(
-            Job([*self.cxx, *flags, f"-I{root}/include", "-c", str(bindings)], bindings, bindings.name)
-        )
+        jobs.append(Job([*self.cxx, *flags, f"-I{root}/include", "-c", str(bindings)], bindings, bindings.name))
         # the static runtime looks for the driver when first called, so that _cuda imports without one
         return jobs, [f"-L{root}/lib64", f"-L{root}/lib", "-lcudart_static", "-ldl", "-lrt"]
 

@@ -107,8 +107,7 @@ def compile_triton(job: tuple[str, str, str, str, tuple[tuple[str, object], ...]
     } | shape | dict(different)  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {
-        p: "constexpr" if p in constants else parameter_type(p, dtype, len(entry.values))
-        for p in function.arg_names
+        p: "constexpr" if p in constants else parameter_type(p, dtype, len(entry.values)) for p in function.arg_names
     }
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -164,9 +163,7 @@ def compile_nvcc(job: tuple[str, str]) -> list[Result]:
         named = re.search(r"\d([a-z]+)_rows_kernel\w*?\d+([a-z_]+)_functor", mangled)
         kernel, variant = named.groups() if named else ("", mangled)
         spills = int(stores) + int(loads)
-        results.append(
-            Result(f"{label} {kernel}", variant, f"sm_{arch}", int(registers), int(stack), spills, threads)
-        )
+        results.append(Result(f"{label} {kernel}", variant, f"sm_{arch}", int(registers), int(stack), spills, threads))
     return results or [Result(label, "all", f"sm_{arch}", error="ptxas reported no kernel")]
 
 
@@ -177,9 +174,7 @@ def main() -> int:
     options = parser.parse_args()
     start = time.perf_counter()
     jobs: list[tuple[Callable[..., list[Result]], tuple]] = [
-        (compile_nvcc, (str(source), arch))
-        for source in sorted(ROOT.glob("csrc/*.cu"))
-        for arch in NVCC_ARCHS
+        (compile_nvcc, (str(source), arch)) for source in sorted(ROOT.glob("csrc/*.cu")) for arch in NVCC_ARCHS
     ]
     jobs += [(compile_triton, (*variant, arch)) for variant in triton_variants() for arch in TRITON_ARCHS]
     jobs = [job for job in jobs if options.only in f"{job[0].__name__} {job[1]}"]

@@ -82,9 +82,7 @@ class Bench:
                     row["peak_bytes"] = self.peak(call)
                     ready[label] = call
                 else:
-                    row["wrong"] = (
-                        f"differs from {next(iter(variants))} by {error:.2e}, more than {tolerance}"
-                    )
+                    row["wrong"] = f"differs from {next(iter(variants))} by {error:.2e}, more than {tolerance}"
             except (RuntimeError, ValueError, TypeError) as failure:
                 row["failed"] = f"{type(failure).__name__}: {failure}"[:600]
             self.rows.append(row)
@@ -186,9 +184,7 @@ def eager_loss(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_w
     return F.kl_div(student, teacher, log_target=True, reduction="sum") / len(hidden)
 
 
-def eager_sparse_loss(
-    hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor
-) -> Tensor:
+def eager_sparse_loss(hidden: Tensor, weight: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor) -> Tensor:
     log_q = (hidden @ weight.t()).float().log_softmax(-1)
     inside = log_q.gather(1, ids)
     rest = log_q.scatter(1, ids, float("-inf")).logsumexp(-1)
@@ -255,9 +251,7 @@ def loss_cases(bench: Bench, rows: int, vocab: int, width: int, compiled: bool) 
         "potstill": step(lambda: ps.linear_distill_loss(hidden, ps.Head(weight), found)),
     }
     if bench.device.type == "cuda":
-        variants["potstill cuda"] = step(
-            lambda: ps.linear_distill_loss(hidden, ps.Head(weight), found, backend="cuda")
-        )
+        variants["potstill cuda"] = step(lambda: ps.linear_distill_loss(hidden, ps.Head(weight), found, backend="cuda"))
     bench.case(f"{label} TopK k={K}", variants, products(False), values, 0.02)
 
 
@@ -279,9 +273,7 @@ def main() -> int:
     parser.add_argument("--out", default="gpu_first.json")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--tiny", action="store_true", help="small shapes: checks this script, measures nothing"
-    )
+    parser.add_argument("--tiny", action="store_true", help="small shapes: checks this script, measures nothing")
     options = parser.parse_args()
     device = torch.device(options.device)
     bench = Bench(device, options.seconds, repeats=2 if options.tiny else 15)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from potstill import divergences, spell
 from potstill.divergences import Divergence, Parameter, divergence
 

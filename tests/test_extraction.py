@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 
+import potstill as ps
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import potstill as ps
 from potstill import dispatch
 from potstill.dispatch import Facts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-KINDS = ("gaussian", "heavy", "ascending", "descending", "equal", "third_banned", "almost_all_banned", "nan", "inf", "zeros")
+KINDS = (
+    "gaussian",
+    "heavy",
+    "ascending",
+    "descending",
+    "equal",
+    "third_banned",
+    "almost_all_banned",
+    "nan",
+    "inf",
+    "zeros",
+)
 
 
 def rows(kind: str, n: int, v: int, seed: int = 0) -> torch.Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
+import potstill as ps
 import pytest
 import torch
 import torch.nn.functional as F
-
-import potstill as ps
 from potstill import divergences
 
 D, DT, V, LEAD = 16, 8, 67, (3, 5)
@@ -55,7 +54,9 @@ def plain_rows(zs, zt, d, temperature=1.0):
     return d.formula(lp, lq, *d.values)[0].sum(-1)
 
 
-def plain_loss(c, d, temperature=1.0, scale_by_t2=False, distill_weight=1.0, ce_weight=0.0, weights=None, denominator=None):
+def plain_loss(
+    c, d, temperature=1.0, scale_by_t2=False, distill_weight=1.0, ce_weight=0.0, weights=None, denominator=None
+):
     rows = distill_weight * plain_rows(c.logits(), c.teacher_logits, d, temperature)
     rows = rows * (temperature**2 if scale_by_t2 else 1)
     ce = F.cross_entropy(c.logits().reshape(-1, V), c.labels.reshape(-1), reduction="none", ignore_index=-100)
@@ -280,9 +281,9 @@ def test_pitfall_13_num_items():
             for i in range(LEAD[0])
         ]
         torch.testing.assert_close(sum(parts), whole)
-    assert ps.linear_distill_loss(
-        c.hidden, c.head, c.teacher("logits"), torch.full(LEAD, -100), num_items=0
-    ).item() == 0
+    assert (
+        ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), torch.full(LEAD, -100), num_items=0).item() == 0
+    )
     with pytest.raises(ValueError, match="num_items.*sum"):
         ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), num_items=3, reduction="sum")
 
@@ -359,9 +360,7 @@ def test_pitfall_20_inputs_are_left_alone():
 def test_pitfall_20_one_row_and_non_contiguous_inputs():
     c = Case()
     one = ps.linear_distill_loss(c.hidden[0, 2], c.head, ps.LogitsTeacher(c.teacher_logits[0, 2]))
-    torch.testing.assert_close(
-        one, plain_rows(c.logits()[0, 2], c.teacher_logits[0, 2], divergences.get("forward_kl"))
-    )
+    torch.testing.assert_close(one, plain_rows(c.logits()[0, 2], c.teacher_logits[0, 2], divergences.get("forward_kl")))
     swapped = c.hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     weight = c.weight.detach().T.contiguous().T.requires_grad_()
     got = ps.linear_distill_loss(swapped, weight, c.teacher("hidden"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import potstill as ps
 import pytest
 import torch
+from potstill import ops
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
-
-import potstill as ps
-from potstill import ops
 
 V, D = 33, 8
 
@@ -39,7 +38,10 @@ def test_opcheck(form):
     logits = torch.randn(6, V, requires_grad=True)
     opcheck(potstill.distill_rows.default, (logits, *teacher, coef, labels, *spec))
     opcheck(potstill.topk.default, (torch.randn(6, V), 3, [float(V), 1.0, 0.0], "auto"))
-    opcheck(potstill.linear_topk.default, (torch.randn(6, D), torch.randn(V, D), None, 3, [float(V), 1.0, 0.0], 0, False, "auto"))
+    opcheck(
+        potstill.linear_topk.default,
+        (torch.randn(6, D), torch.randn(V, D), None, 3, [float(V), 1.0, 0.0], 0, False, "auto"),
+    )
 
 
 def test_every_op_has_a_fake_and_a_derivative():
@@ -70,7 +72,9 @@ def test_pitfall_19_torch_compile(form):
         w = weight.clone().requires_grad_()
         logits = torch.randn(n, V)
         top = ps.topk(logits, 5)
-        teacher = {"hidden": [torch.randn(n, 4)], "logits": [logits], "topk": [top.ids, top.log_probs, top.log_rest]}[form]
+        teacher = {"hidden": [torch.randn(n, 4)], "logits": [logits], "topk": [top.ids, top.log_probs, top.log_rest]}[
+            form
+        ]
         labels = torch.randint(0, V, (n,))
         labels[::3] = -100
         a, b = compiled(hidden, w, teacher, labels), loss(hidden, w, teacher, labels)

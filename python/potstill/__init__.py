@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from potstill import cache, capture, divergences, integrations
+    from potstill.extraction import linear_topk, topk
     from potstill.losses import DistillLoss, LinearDistillLoss, distill_loss, linear_distill_loss
     from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, TopK
-    from potstill.extraction import linear_topk, topk
 
 _NAMES = {
     "DistillLoss": "losses",

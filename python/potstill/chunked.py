@@ -57,7 +57,9 @@ class RowRunner:
         self.teacher, self.coef, self.labels, self.spec = teacher, coef, labels, spec
         device, dtype, columns = student
         op = "sparse_rows" if teacher.ids is not None else "dense_rows"
-        self.kernel = dispatch.select(dispatch.Facts(op, device, dtype, columns, divergence=spec.divergence.name), backend)
+        self.kernel = dispatch.select(
+            dispatch.Facts(op, device, dtype, columns, divergence=spec.divergence.name), backend
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.parts = torch.zeros(2, len(coef), dtype=wide, device=device)
         if teacher.hidden is not None:
@@ -99,7 +101,9 @@ def linear_rows(
     with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
         how = gemm.plan(hidden.device, hidden.dtype, precise)
         rows = rows or gemm.chunk_rows(hidden.device, len(weight), how.logit_dtype)
-        run = RowRunner(teacher, coef, labels, spec, (hidden.device, how.logit_dtype, len(weight)), rows, precise, backend)
+        run = RowRunner(
+            teacher, coef, labels, spec, (hidden.device, how.logit_dtype, len(weight)), rows, precise, backend
+        )
         wide = run.parts.dtype
         buffer = torch.empty((min(rows, len(hidden)), len(weight)), dtype=how.logit_dtype, device=hidden.device)
         grads = buffer

@@ -99,9 +99,7 @@ def extension(name: str) -> dict[str, Any]:
         if not files:
             return {"present": False, "wrong": not optional, "detail": missing}
         if f"{name}{suffix}" not in files:
-            detail = (
-                f"built for another Python: {', '.join(files)}; this one loads {name}{suffix}. Install again"
-            )
+            detail = f"built for another Python: {', '.join(files)}; this one loads {name}{suffix}. Install again"
         else:
             detail = f"does not load: {error}"
         return {"present": False, "wrong": True, "detail": detail}
@@ -161,9 +159,7 @@ def notes(versions: dict[str, str | None]) -> list[str]:
     """Known combinations that hurt."""
     numpy, triton = versions["numpy"], versions["triton"]
     if numpy and triton and number(numpy) >= (2, 4) and number(triton) <= (3, 6):
-        return [
-            f"Triton {triton}'s interpreter needs numpy < 2.4, here is {numpy}: TRITON_INTERPRET=1 will fail"
-        ]
+        return [f"Triton {triton}'s interpreter needs numpy < 2.4, here is {numpy}: TRITON_INTERPRET=1 will fail"]
     return []
 
 
@@ -183,9 +179,7 @@ def backends(torch: Any) -> list[dict[str, Any]]:
                 facts = dispatch.Facts(op, torch.device(device), getattr(torch, dtype), columns=COLUMNS, k=K)
                 answers = dispatch.explain(facts)
                 serves = next((backend for backend, refusal in answers if refusal is None), None)
-                rows.append(
-                    {"op": op, "device": device, "dtype": dtype, "serves": serves, "answers": answers}
-                )
+                rows.append({"op": op, "device": device, "dtype": dtype, "serves": serves, "answers": answers})
     return rows
 
 
@@ -207,10 +201,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         said.setdefault((row["op"], row["device"], tuple(row["answers"])), []).append(row["dtype"])
     for (op, device, answers), dtypes in said.items():
         out.append(f"  {op}, {device}: {', '.join(dtypes)}")
-        out += [
-            f"    {backend:<7} {'serves' if refusal is None else 'no: ' + refusal}"
-            for backend, refusal in answers
-        ]
+        out += [f"    {backend:<7} {'serves' if refusal is None else 'no: ' + refusal}" for backend, refusal in answers]
     out.append("")
     out += [f"problem: {problem}" for problem in facts["problems"]] or ["all is well"]
     return out

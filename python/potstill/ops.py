@@ -62,7 +62,9 @@ def spec_of(settings: tuple[Any, ...]) -> tuple[RowSpec, tuple[int, bool, str]]:
     entry = divergences.get(name)
     entry = entry(**{p.name: v for p, v in zip(entry.parameters, values, strict=True)})
     teacher = side_of(t_side) if t_side else None
-    return RowSpec(entry, side_of(s_side), teacher, tail, temperature, distill_weight, ce_weight), tuple(rest)  # type: ignore
+    spec = RowSpec(entry, side_of(s_side), teacher, tail, temperature, distill_weight, ce_weight)
+    rows, precise, backend = rest
+    return spec, (rows, precise, backend)
 
 
 def _weighed(parts: Tensor, spec: RowSpec) -> Tensor:
@@ -71,7 +73,9 @@ def _weighed(parts: Tensor, spec: RowSpec) -> Tensor:
     return loss + spec.ce_weight * parts[1] if spec.ce_weight else loss
 
 
-def _split(args: tuple[Any, ...], lead: int) -> tuple[TeacherRows, Tensor, Tensor | None, tuple[Any, ...], tuple[Any, ...]]:
+def _split(
+    args: tuple[Any, ...], lead: int
+) -> tuple[TeacherRows, Tensor, Tensor | None, tuple[Any, ...], tuple[Any, ...]]:
     """Arguments after the student's -> teacher, coef, labels, SPEC settings, what follows."""
     teacher = TeacherRows(*args[lead : lead + N_TEACHER])
     coef, labels = args[lead + N_TEACHER : lead + N_TEACHER + 2]
@@ -80,9 +84,10 @@ def _split(args: tuple[Any, ...], lead: int) -> tuple[TeacherRows, Tensor, Tenso
 
 
 def _linear(args: tuple[Any, ...], want: Wanted) -> tuple[RowSpec, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    hidden, weight, bias = args[:3]
     teacher, coef, labels, settings, _ = _split(args, 3)
     spec, (rows, precise, backend) = spec_of(settings)
-    return spec, linear_rows(*args[:3], teacher, coef, labels, spec, want, rows, precise, backend)
+    return spec, linear_rows(hidden, weight, bias, teacher, coef, labels, spec, want, rows, precise, backend)
 
 
 def linear_distill(*args: Any) -> tuple[Tensor, ...]:
@@ -230,8 +235,8 @@ def _backward_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tens
 
 def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "potstill's losses have first derivatives only; for second derivatives (create_graph=True) write the divergence "
-        "in plain torch"
+        "potstill's losses have first derivatives only; for second derivatives (create_graph=True) write the "
+        "divergence in plain torch"
     )
 
 

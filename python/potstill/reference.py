@@ -115,7 +115,7 @@ def sparse_rows(
 
 @register("topk", "torch", rank=0, refuses=serves_all)
 def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [R, V] -> (ids [R, k] int32, log_probs [R, k], log_rest [R], lse [R]); order and NaN as potstill.topk says."""
+    """logits [R, V] -> (ids [R, k] int32, log_probs [R, k], log_rest [R], lse [R]); order as potstill.topk says."""
     z = apply_side(logits, side)[0]
     values, ids = z.sort(dim=-1, descending=True, stable=True)
     lse = z.logsumexp(-1)

@@ -1,8 +1,8 @@
 """A formula of divergences.py spelled as C++: `python -m potstill.spell > csrc/divergences.inc`.
 
-The C++ row kernels (CPU and CUDA) include the result. The language is what a formula needs: single assignments, tuples of
-two, arithmetic, comparisons, numbers, and calls of primitives or of helper functions, which are spelled too. Anything
-else is refused by line. (kernels/triton_formula.py makes Triton device functions of the same source.)
+The C++ row kernels (CPU and CUDA) include the result. The language is what a formula needs: single assignments, tuples
+of two, arithmetic, comparisons, numbers, and calls of primitives or of helper functions, which are spelled too.
+Anything else is refused by line. (kernels/triton_formula.py makes Triton device functions of the same source.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.BitAnd: "
 COMPARE = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.NotEq: "!="}
 HEADER = """\
 // Made from python/potstill/divergences.py by `python -m potstill.spell`; do not edit.
-// The table comes first, X(name, parameters). The functions follow where POTSTILL_FN (function attributes) is defined; they
-// need two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp, expm1, log1p, where.
+// The table comes first, X(name, parameters). The functions follow where POTSTILL_FN (function attributes) is defined;
+// they need two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp, expm1, log1p, where.
 """
 
 
@@ -75,9 +75,9 @@ class _Function:
                 case ast.Assign(targets=[ast.Name(id=name)], value=value) if name not in self.names:
                     lines.append(f"const V {name} = {self.expression(value)};")
                     self.names.append(name)
-                case ast.Assign(targets=[ast.Tuple(elts=[ast.Name(id=a), ast.Name(id=b)])], value=ast.Call() as call) if (
-                    a not in self.names and b not in self.names
-                ):
+                case ast.Assign(
+                    targets=[ast.Tuple(elts=[ast.Name(id=a), ast.Name(id=b)])], value=ast.Call() as call
+                ) if a not in self.names and b not in self.names:
                     lines.append(f"const auto [{a}, {b}] = {self.expression(call)};")
                     self.names += [a, b]
                 case ast.Return(value=ast.Tuple(elts=[first, second])):
@@ -103,7 +103,8 @@ def cpp_source() -> str:
     """csrc/divergences.inc: the table as an X-macro X(name, parameters), then every helper and formula of it."""
     functions: list[Callable[..., Any]] = []
     for entry in divergences.TABLE.values():
-        functions += [f for f in [*helpers(entry.formula), entry.formula] if f not in functions]
+        called: list[Callable[..., Any]] = [*helpers(entry.formula), entry.formula]
+        functions += [f for f in called if f not in functions]
     lines = [f"  X({d.name}, {len(d.parameters)})" for d in divergences.TABLE.values()]
     table = "#define POTSTILL_DIVERGENCES(X) \\\n" + " \\\n".join(lines) + "\n"
     return "\n".join([HEADER, table, "#ifdef POTSTILL_FN\n", *map(cpp_function, functions), "#endif\n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -45,16 +46,20 @@ class Head:
     def __post_init__(self) -> None:
         w = self.weight
         if not isinstance(w, Tensor) or not w.is_floating_point():
-            raise TypeError(f"Head weight must be a floating-point tensor [V, D], not {_describe(w)}")
+            raise TypeError(f"Head weight must be a floating-point tensor [V, D], not {describe(w)}")
         if type(w).__name__ == "DTensor" or (self.bias is not None and type(self.bias).__name__ == "DTensor"):
-            raise TypeError("Head weight or bias is a sharded DTensor; gather it first: Head(weight.full_tensor(), ...)")
+            raise TypeError(
+                "Head weight or bias is a sharded DTensor; gather it first: Head(weight.full_tensor(), ...)"
+            )
         if w.dim() != 2 or 0 in w.shape:
             raise ValueError(
                 f"Head weight has shape {list(w.shape)}; it must be [V, D] with V, D > 0 (an empty weight is usually "
                 "a ZeRO-3 or FSDP shard: gather the parameter first)"
             )
         if self.bias is not None and (self.bias.shape != w.shape[:1] or self.bias.dtype != w.dtype):
-            raise ValueError(f"Head bias is {_describe(self.bias)}; it must be [{w.shape[0]}] of {w.dtype} as the weight")
+            raise ValueError(
+                f"Head bias is {describe(self.bias)}; it must be [{w.shape[0]}] of {w.dtype} as the weight"
+            )
         if not (math.isfinite(self.logit_scale) and self.logit_scale != 0):
             raise ValueError(f"logit_scale={self.logit_scale} must be finite and not 0")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
@@ -82,7 +87,9 @@ class Head:
         if embeddings is None:
             raise TypeError(f"{type(model).__name__} has no output embeddings; Head.from_model takes a causal LM")
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
+            getattr(config, "lm_head_multiplier", None) or 1
+        )
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(
             embeddings.weight,
@@ -136,7 +143,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         if self.ids.is_floating_point() or self.ids.dtype == torch.bool or self.ids.dim() < 1:
-            raise TypeError(f"TopK ids must be integers [..., K], not {_describe(self.ids)}")
+            raise TypeError(f"TopK ids must be integers [..., K], not {describe(self.ids)}")
         for name in ("log_probs", "counts"):
             value = getattr(self, name)
             if value is not None and value.shape != self.ids.shape:
@@ -153,8 +160,8 @@ class TopK:
         """Entries a row."""
         return self.ids.shape[-1]
 
-    def _map(self, f: Any) -> TopK:
-        return TopK(**{x.name: None if getattr(self, x.name) is None else f(getattr(self, x.name)) for x in fields(self)})
+    def _map(self, f: Callable[[Tensor], Tensor]) -> TopK:
+        return replace(self, **{x.name: f(t) for x in fields(self) if (t := getattr(self, x.name)) is not None})
 
     def to(self, device: Any, *, non_blocking: bool = False) -> TopK:
         """Every tensor moved to the device."""
@@ -172,7 +179,8 @@ class TopK:
 Teacher = HiddenTeacher | LogitsTeacher | TopK
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """An argument as error messages name it."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__}"

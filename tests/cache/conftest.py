@@ -13,9 +13,7 @@ pytest.importorskip("potstill._rust", reason="the Rust extension is not built")
 from potstill import cache
 
 
-def rows(
-    length: int, *, k: int = 8, vocab: int = 1000, seed: int = 0, ragged: bool = False
-) -> SimpleNamespace:
+def rows(length: int, *, k: int = 8, vocab: int = 1000, seed: int = 0, ragged: bool = False) -> SimpleNamespace:
     """tokens [L], ids [L, k], log_probs [L, k], log_rest [L] of random softmax rows."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 4, (length, vocab))
@@ -40,9 +38,7 @@ def spec(k: int = 8, vocab: int = 1000, **more: object) -> cache.Spec:
     return cache.Spec(vocab_size=vocab, k=k, teacher="a teacher", tokenizer="a tokenizer", **more)  # type: ignore[arg-type]
 
 
-def write(
-    path: Path, lengths: dict[str, int], *, ragged: bool = False, flush: bool = False, **sizes: int
-) -> dict:
+def write(path: Path, lengths: dict[str, int], *, ragged: bool = False, flush: bool = False, **sizes: int) -> dict:
     """A cache of sequences {key: length}; returns {key: rows}."""
     given = {key: rows(n, seed=i, ragged=ragged, **sizes) for i, (key, n) in enumerate(lengths.items())}
     with cache.Writer(path, spec(**sizes)) as w:
@@ -75,9 +71,7 @@ def lab() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def independent() -> ModuleType:
     """tests/cache/numpy_reader.py, written from docs/format.md alone."""
-    where = importlib.util.spec_from_file_location(
-        "numpy_reader", Path(__file__).with_name("numpy_reader.py")
-    )
+    where = importlib.util.spec_from_file_location("numpy_reader", Path(__file__).with_name("numpy_reader.py"))
     assert where is not None and where.loader is not None
     module = importlib.util.module_from_spec(where)
     where.loader.exec_module(module)

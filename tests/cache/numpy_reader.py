@@ -67,9 +67,7 @@ def rows(payload: bytes, n: int, entries: int, k: int, id_bits: int) -> tuple[np
 def shard(path: Path, spec_text: str) -> dict[str, tuple[np.ndarray, ...]]:
     data = path.read_bytes()
     assert data[:8] == b"\x89PSC\r\n\x1a\n" and data[-8:] == b"\x89PSE\r\n\x1a\n"
-    major, _, header_len, required, _, codec, params_len, vocab, k, zero = struct.unpack_from(
-        "<HHIQQHHIII", data, 8
-    )
+    major, _, header_len, required, _, codec, params_len, vocab, k, zero = struct.unpack_from("<HHIQQHHIII", data, 8)
     assert (major, required, codec, params_len, zero) == (1, 0, 0, 1, 0)
     assert data[48:80] == hashlib.sha256(spec_text.encode()).digest()
     id_bits = data[80]
@@ -94,9 +92,7 @@ def shard(path: Path, spec_text: str) -> dict[str, tuple[np.ndarray, ...]]:
             check, length, n, entries, kind, _ = blocks[i]
             body = data[offset : offset + length]
             assert xxh3(body[:-8]) in (None, check) and struct.unpack("<Q", body[-8:])[0] == check
-            magic, kind_, flags, number, n_, first, entries_, klen, _, plen = struct.unpack_from(
-                "<4sHHIIIIHHI", body
-            )
+            magic, kind_, flags, number, n_, first, entries_, klen, _, plen = struct.unpack_from("<4sHHIIIIHHI", body)
             assert (magic, kind_, number, n_, entries_) == (b"PSBK", kind, i, n, entries)
             assert body[32 : 32 + klen].decode() == key and flags == int(i == block + count - 1)
             assert first == sum(len(p[0]) for p in pieces)

@@ -33,9 +33,7 @@ def test_batch_pads(stored):
     np.testing.assert_array_equal(top.ids[0, :2].numpy(), given["c"].ids)
     np.testing.assert_array_equal(top.ids[1].numpy(), given["b"].ids)
     assert (
-        (top.ids[0, 2:] == -1).all()
-        and (top.log_probs[0, 2:] == -torch.inf).all()
-        and (top.log_rest[0, 2:] == 0).all()
+        (top.ids[0, 2:] == -1).all() and (top.log_probs[0, 2:] == -torch.inf).all() and (top.log_rest[0, 2:] == 0).all()
     )
 
 
@@ -58,17 +56,13 @@ def test_batch_into_given_memory(stored):
     with pytest.raises(ValueError, match="at least 9"):
         store.batch(
             ["a", "b"],
-            out=TopK(
-                out.ids[:, :8].clone(), out.log_probs[:, :8].clone(), log_rest=out.log_rest[:, :8].clone()
-            ),
+            out=TopK(out.ids[:, :8].clone(), out.log_probs[:, :8].clone(), log_rest=out.log_rest[:, :8].clone()),
         )
 
 
 def test_batch_accepts_a_prefix(stored):
     store, given = stored
-    top = store.batch(
-        ["a", "b"], tokens=[given["a"].tokens[:3], torch.from_numpy(given["b"].tokens[:4]).long()]
-    )
+    top = store.batch(["a", "b"], tokens=[given["a"].tokens[:3], torch.from_numpy(given["b"].tokens[:4]).long()])
     assert tuple(top.ids.shape) == (2, 4, 8)
     np.testing.assert_array_equal(top.ids[0, :3].numpy(), given["a"].ids[:3])
     assert (top.ids[0, 3:] == -1).all()
@@ -79,13 +73,9 @@ def test_pitfall_26_other_tokens_are_named(stored, position):
     store, given = stored
     wrong = given["b"].tokens.copy()
     wrong[position] += 1
-    with pytest.raises(
-        cache.TokenMismatch, match=f'sequence "b": token {position} is {wrong[position]}'
-    ) as caught:
+    with pytest.raises(cache.TokenMismatch, match=f'sequence "b": token {position} is {wrong[position]}') as caught:
         store.batch(["a", "b"], tokens=[given["a"].tokens, wrong])
-    assert (caught.value.key, caught.value.position) == ("b", position) and isinstance(
-        caught.value, ValueError
-    )
+    assert (caught.value.key, caught.value.position) == ("b", position) and isinstance(caught.value, ValueError)
 
 
 def test_pitfall_26_more_tokens_than_cached_are_named(stored):
@@ -110,9 +100,7 @@ def test_torch_rows_are_accepted(tmp_path, lab):
     from potstill.teachers import TopK
 
     r = lab.rows(6)
-    top = TopK(
-        torch.from_numpy(r.ids).long(), torch.from_numpy(r.log_probs), log_rest=torch.from_numpy(r.log_rest)
-    )
+    top = TopK(torch.from_numpy(r.ids).long(), torch.from_numpy(r.log_probs), log_rest=torch.from_numpy(r.log_rest))
     with cache.Writer(tmp_path / "c", lab.spec()) as w:
         w.add("x", torch.from_numpy(r.tokens), top)
     lab.check(cache.open(tmp_path / "c"), {"x": r})

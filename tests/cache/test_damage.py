@@ -125,9 +125,7 @@ def test_pitfall_23_flips_in_manifest_and_log(small, name):
         (path / name).write_bytes(data)
         data[at] ^= 1
         report = cache.verify_cache(path)
-        assert not report.ok and report.problems[0].file == name.split("/")[-1], (
-            f"byte {at}: {report.problems}"
-        )
+        assert not report.ok and report.problems[0].file == name.split("/")[-1], f"byte {at}: {report.problems}"
     (path / name).write_bytes(data)
     assert cache.verify_cache(path).ok and same(path, given)
 

@@ -24,9 +24,7 @@ def expected() -> dict[str, tuple[np.ndarray, ...]]:
 
     return {
         key: tuple(
-            np.array(
-                [[number(x) for x in row] if isinstance(row, list) else number(row) for row in s[name]], dtype
-            )
+            np.array([[number(x) for x in row] if isinstance(row, list) else number(row) for row in s[name]], dtype)
             for name, dtype in dtypes.items()
         )
         for key, s in stored.items()

@@ -224,9 +224,7 @@ def test_pitfall_28_forged_blocks_are_refused_on_read(forged, lab, name):
 def test_pitfall_28_verify_finds_values_that_no_writer_makes(forged, lab):
     """Duplicate ids, broken order and mass above 1 with right checksums."""
     path, _, _ = forged
-    reforge(
-        path, lab, put("<H", ("payload", 40 + 56), 0)
-    )  # the first surprisal of row 0 becomes 0: mass above 1
+    reforge(path, lab, put("<H", ("payload", 40 + 56), 0))  # the first surprisal of row 0 becomes 0: mass above 1
     problems = [str(p) for p in cache.verify_cache(path).problems]
     assert any("block 0" in p and "sum to" in p for p in problems), problems
 

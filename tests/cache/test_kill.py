@@ -49,9 +49,7 @@ def start(path, n: int) -> subprocess.Popen:
 
 def content(path) -> dict[str, bytes]:
     store = cache.open(path)
-    return {
-        key: b"".join(np.ascontiguousarray(a).tobytes() for a in store.numpy(key)) for key in store.keys()
-    }
+    return {key: b"".join(np.ascontiguousarray(a).tobytes() for a in store.numpy(key)) for key in store.keys()}
 
 
 @needs_signals

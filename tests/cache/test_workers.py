@@ -45,9 +45,7 @@ def test_pitfall_29_dataloader_workers(made, method):
     data = Rows(path)
     data[0]  # a file handle is open before the fork
     if method == "fork":
-        loader = torch.utils.data.DataLoader(
-            data, batch_size=None, num_workers=2, multiprocessing_context=method
-        )
+        loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method)
         assert [tuple(x) for x in loader] == sums(given)
         return
     # the test module is no importable package, so the spawned child gets the cache itself

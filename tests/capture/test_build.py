@@ -27,9 +27,7 @@ def assert_same_content(a, b):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_rows_are_the_teachers_next_token_distributions(model, tokenizer, corpus, tmp_path, pack):
-    report = build(
-        model, tokenizer, open_text(corpus), tmp_path / "c", k=300, length=48, pack=pack, batch_size=4
-    )
+    report = build(model, tokenizer, open_text(corpus), tmp_path / "c", k=300, length=48, pack=pack, batch_size=4)
     cache = ps.cache.open(tmp_path / "c")
     want = {s.key: s.tokens for s in token_sequences(open_text(corpus), tokenizer, length=48, pack=pack)}
     assert sorted(cache.keys()) == sorted(want) and cache.verify().ok
@@ -46,9 +44,7 @@ def test_rows_are_the_teachers_next_token_distributions(model, tokenizer, corpus
 
 
 def test_the_spec_says_what_was_built(model, tokenizer, corpus, tmp_path):
-    build(
-        model, tokenizer, open_text(corpus), tmp_path / "c", k=8, length=32, teacher="t", teacher_revision="r"
-    )
+    build(model, tokenizer, open_text(corpus), tmp_path / "c", k=8, length=32, teacher="t", teacher_revision="r")
     spec = ps.cache.open(tmp_path / "c").spec
     assert (spec.vocab_size, spec.k, spec.teacher, spec.teacher_revision) == (300, 8, "t", "r")
     assert spec.tokenizer.startswith("blake2b:")
@@ -178,9 +174,7 @@ def uninterrupted(model_folder, tmp_path_factory):
     data = root / "data"
     data.mkdir()
     for number in range(40):
-        (data / f"{number:02d}.txt").write_text(
-            "".join(f"sentence {i} of {number}. " for i in range(60 + number))
-        )
+        (data / f"{number:02d}.txt").write_text("".join(f"sentence {i} of {number}. " for i in range(60 + number)))
     words = ["build", model_folder, data]
     done = run(*words, root / "whole", *OPTIONS, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr

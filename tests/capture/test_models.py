@@ -17,10 +17,7 @@ def test_folder(model_folder, model):
     assert loaded.name == model_folder.name and loaded.revision.startswith("local:")
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
     assert loaded.revision == load_model(model_folder, device="cpu", dtype="bfloat16").revision
-    assert (
-        next(load_model(model_folder, device="cpu", dtype="bfloat16").model.parameters()).dtype
-        == torch.bfloat16
-    )
+    assert next(load_model(model_folder, device="cpu", dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
 
 
 def test_revision_follows_the_weights(model_folder, model, tokenizer, tmp_path):

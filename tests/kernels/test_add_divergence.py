@@ -35,7 +35,7 @@ def blended_kl(lp, lq, forward):
     return forward * times(p, lp - lq) + (1 - forward) * reverse, (1 - forward) * (reverse + q) - forward * p
 '''
 
-CHECK = '''
+CHECK = """
 import importlib.util, sys
 from pathlib import Path
 
@@ -77,7 +77,7 @@ for d in (new_divergences.squared_hellinger, new_divergences.blended_kl(forward=
     torch.testing.assert_close(ours, dense)
     torch.testing.assert_close(torch.autograd.grad(ours, z), torch.autograd.grad(dense, z))
 print("every backend agrees")
-'''
+"""
 
 
 @pytest.mark.slow
@@ -85,7 +85,11 @@ def test_a_new_divergence_reaches_every_backend(tmp_path):
     (tmp_path / "new_divergences.py").write_text(NEW)
     (tmp_path / "check.py").write_text(textwrap.dedent(CHECK))
     path = os.pathsep.join([str(ROOT / "python"), str(tmp_path)])
-    environment = os.environ | {"PYTHONPATH": path, "POTSTILL_CSRC_INCLUDE": str(tmp_path / "spelled"), "POTSTILL_ISAS": "base"}
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "POTSTILL_CSRC_INCLUDE": str(tmp_path / "spelled"),
+        "POTSTILL_ISAS": "base",
+    }
     environment |= {"POTSTILL_CUDA": "0", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
     def run(*command: str, cwd: Path = tmp_path) -> str:
@@ -97,7 +101,16 @@ def test_a_new_divergence_reaches_every_backend(tmp_path):
     assert "squared_hellinger" in spelled and "X(blended_kl, 1)" in spelled
     (tmp_path / "spelled").mkdir()
     (tmp_path / "spelled" / "divergences.inc").write_text(spelled)
-    run("setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "built"), "--build-temp", str(tmp_path / "temp"), cwd=ROOT)
+    run(
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path / "built"),
+        "--build-temp",
+        str(tmp_path / "temp"),
+        cwd=ROOT,
+    )
     assert "every backend agrees" in run("check.py")
 
 

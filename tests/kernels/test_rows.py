@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-
 from potstill import dispatch, divergences
 from potstill.dispatch import Facts
 from potstill.rows import TAILS, RowSpec, Side
@@ -36,9 +35,7 @@ class Data:
         g = torch.Generator().manual_seed(11)
         student = torch.randn(R, PADDED, generator=g) * 3
         teacher = student / abs(side.scale) * side.scale + torch.randn(R, PADDED, generator=g)
-        student[:, 5] = teacher[:, 5] = teacher[:, 9] = (
-            -math.inf if side.scale > 0 and not side.softcap else -30.0
-        )
+        student[:, 5] = teacher[:, 5] = teacher[:, 9] = -math.inf if side.scale > 0 and not side.softcap else -30.0
         self.student, self.teacher = student.to(device, dtype), teacher.to(device, dtype)
         self.labels = torch.randint(10, V, (R,), generator=g).to(device)
         self.coef = (torch.rand(R, generator=g) + 0.1).double().to(device)
@@ -53,9 +50,7 @@ class Data:
             x[1] = math.nan
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def run(
-        self, backend: str, op: str, spec: RowSpec, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, backend: str, op: str, spec: RowSpec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.student.to(dtype)
         grad = torch.full_like(x, math.nan)
         kernel = dispatch.select(Facts(op, x.device, dtype, divergence=spec.divergence.name), backend)
@@ -63,9 +58,7 @@ class Data:
         if op == "dense_rows":
             return kernel.run(x, self.teacher.to(dtype), coef, self.labels, spec, grad), grad
         rest = self.log_rest.to(coef.dtype) if spec.tail == "bucket" else None
-        return kernel.run(
-            x, self.ids, self.log_probs.to(coef.dtype), rest, coef, self.labels, spec, grad
-        ), grad
+        return kernel.run(x, self.ids, self.log_probs.to(coef.dtype), rest, coef, self.labels, spec, grad), grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,9 +89,7 @@ def test_rows_against_the_oracle(form, name, dtype, device, no_worse, poisoned):
 @pytest.mark.parametrize("form", ["dense", "bucket"])
 def test_the_gradient_may_take_the_students_memory(form, device):
     op = "dense_rows" if form == "dense" else "sparse_rows"
-    spec = RowSpec(
-        divergences.get("forward_kl"), Side(V), Side(V) if form == "dense" else None, ce_weight=0.5
-    )
+    spec = RowSpec(divergences.get("forward_kl"), Side(V), Side(V) if form == "dense" else None, ce_weight=0.5)
     data = Data(device, torch.float32, 1.0, Side(V), "bucket")
     for backend in backends(op, device, torch.float32):
         _, apart = data.run(backend, op, spec, torch.float32)
@@ -132,9 +123,7 @@ def test_sparse_with_every_entry_equals_dense(device):
     data = Data(device, torch.float64, 1.0, Side(V), "bucket")
     lp = data.teacher[:, :V].log_softmax(-1)
     order = lp.nan_to_num(-1).argsort(-1, descending=True)
-    for name, backend in itertools.product(
-        divergences.names(), backends("dense_rows", device, torch.float64)
-    ):
+    for name, backend in itertools.product(divergences.names(), backends("dense_rows", device, torch.float64)):
         d = divergences.get(name)
         dense, sparse = RowSpec(d, Side(V), Side(V)), RowSpec(d, Side(V), None, "bucket")
         a, ga = data.run(backend, "dense_rows", dense, torch.float64)

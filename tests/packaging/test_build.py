@@ -17,9 +17,7 @@ def run(
     code: list[str], cwd: Path, path: Path, python: Path | str = sys.executable, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Python with nothing on PATH but what the folder `path` holds."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH", "POTSTILL_CUDA")
-    }
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH", "POTSTILL_CUDA")}
     full = {**clean, "PATH": str(path), **env}
     return subprocess.run([python, *code], cwd=cwd, env=full, capture_output=True, text=True)
 
@@ -38,9 +36,7 @@ def test_a_missing_rust_stops_every_way_to_build(tree, tmp_path):
         code = f"import build_backend; build_backend.{hook}({str(tmp_path)!r})"
         done = run(["-c", code], tree, tmp_path / "empty")
         assert done.returncode == 1
-        assert (
-            "needs Rust" in done.stderr and "Install Rust" in done.stderr and "Traceback" not in done.stderr
-        )
+        assert "needs Rust" in done.stderr and "Install Rust" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.fixture
@@ -82,7 +78,5 @@ def test_the_version_is_one(root):
 
 
 def test_the_cuda_package_is_one(root):
-    pins = [
-        re.search(r"cuda-toolkit\[\S+?\]==[\d.]+", (root / f).read_text()) for f in ("setup.py", "Makefile")
-    ]
+    pins = [re.search(r"cuda-toolkit\[\S+?\]==[\d.]+", (root / f).read_text()) for f in ("setup.py", "Makefile")]
     assert pins[0] and pins[1] and pins[0][0] == pins[1][0]

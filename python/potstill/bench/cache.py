@@ -36,7 +36,9 @@ def figures(path: Path, repeats: int = 5) -> list[dict[str, Any]]:
                 "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1]),
                 "log_probs": pa.FixedSizeListArray.from_arrays(pa.array(log_probs.ravel()), ids.shape[1]),
             }
-            pq.write_table(pa.table(columns), file, compression="zstd", use_dictionary=False, use_byte_stream_split=True)
+            pq.write_table(
+                pa.table(columns), file, compression="zstd", use_dictionary=False, use_byte_stream_split=True
+            )
             sizes["Parquet, byte-stream-split + zstd"] = file.stat().st_size / n
             readers["Parquet, byte-stream-split + zstd"] = lambda: pq.read_table(file, use_threads=False)
         seconds: dict[str, list[float]] = {name: [] for name in readers}

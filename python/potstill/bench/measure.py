@@ -1,7 +1,7 @@
 """Time in turns, memory in a process of its own.
 
-`python -m potstill.bench.measure MODULE:FUNCTION JSON` calls FUNCTION(**JSON), which returns a dict of name -> callable,
-with one more entry "choose": the name to run, and prints the peak bytes of that call above what was resident before.
+`python -m potstill.bench.measure MODULE:FUNCTION JSON` calls FUNCTION(**JSON less "choose"), which returns a dict of
+name -> callable, and prints the peak bytes of the call that "choose" names, above what was resident before.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model)
+        model = next(
+            (x.split(":")[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")), model
+        )
     from potstill import __version__
 
     return {

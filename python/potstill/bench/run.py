@@ -93,8 +93,24 @@ def tables(found: Row) -> str:
         rows = []
         for r in found["losses"]:
             peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:,.0f} MB"
-            rows.append([r["case"], r["variant"], f"{r['over_floor']:.2f}", f"{r['over_eager']:.2f}", f"{r['spread']:.0%}", peak])
-        head = ["loss, forward + backward, fp32", "variant", "time / GEMMs alone", "time / eager", "spread", "peak memory"]
+            rows.append(
+                [
+                    r["case"],
+                    r["variant"],
+                    f"{r['over_floor']:.2f}",
+                    f"{r['over_eager']:.2f}",
+                    f"{r['spread']:.0%}",
+                    peak,
+                ]
+            )
+        head = [
+            "loss, forward + backward, fp32",
+            "variant",
+            "time / GEMMs alone",
+            "time / eager",
+            "spread",
+            "peak memory",
+        ]
         parts.append(_table(head, rows))
     if found["topk"]:
         rows = [

@@ -109,9 +109,7 @@ class Cache:
         rows = TopK(torch.from_numpy(ids), torch.from_numpy(log_probs), log_rest=torch.from_numpy(log_rest))
         return CachedSequence(key, tokens, rows)
 
-    def batch(
-        self, keys: Sequence[str], tokens: Sequence[Any] | None = None, out: TopK | None = None
-    ) -> TopK:
+    def batch(self, keys: Sequence[str], tokens: Sequence[Any] | None = None, out: TopK | None = None) -> TopK:
         """Rows of B sequences, padded to the longest: TopK with ids [B, L, K], log_probs [B, L, K] and
         log_rest [B, L].
 

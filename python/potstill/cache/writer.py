@@ -109,6 +109,4 @@ class Writer:
         except Exception as failed:
             if error is None:
                 raise
-            error.add_note(f"the cache could not be closed either: {failed}") if hasattr(
-                error, "add_note"
-            ) else None
+            error.add_note(f"the cache could not be closed either: {failed}") if hasattr(error, "add_note") else None

@@ -161,9 +161,7 @@ def build(
         except KeyboardInterrupt:
             finished = False
     if seen == 0 and finished:
-        raise ValueError(
-            "no text found: every document is empty, or the first sequence is longer than max_tokens"
-        )
+        raise ValueError("no text found: every document is empty, or the first sequence is longer than max_tokens")
     written = ps_cache.open(out)
     return BuildReport(
         os.fspath(out),
@@ -253,9 +251,7 @@ class _Committed:
         if self.cache is None:
             return
         for sequence in sequences:
-            if sequence.key in self.cache and not np.array_equal(
-                self.cache.tokens(sequence.key), sequence.tokens
-            ):
+            if sequence.key in self.cache and not np.array_equal(self.cache.tokens(sequence.key), sequence.tokens):
                 raise ValueError(
                     f"{self.path} holds other tokens for {sequence.key!r} than the text has now: the text "
                     "or how it is tokenised "
@@ -273,9 +269,7 @@ class _Progress:
     def __enter__(self) -> _Progress:
         from tqdm import tqdm
 
-        self.bar: Any = tqdm(
-            total=self.max_tokens, unit="tok", unit_scale=True, disable=not self.shown, smoothing=0.1
-        )
+        self.bar: Any = tqdm(total=self.max_tokens, unit="tok", unit_scale=True, disable=not self.shown, smoothing=0.1)
         return self
 
     def __exit__(self, *_: object) -> None:

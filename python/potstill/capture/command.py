@@ -27,9 +27,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 )
 @click.option("--batch-size", default=8, show_default=True, help="Sequences per forward pass.")
 @click.option("--max-tokens", type=int, help="Stop before the sequence that would pass this many tokens.")
-@click.option(
-    "--text-field", default="text", show_default=True, help="Field of the text in JSONL and datasets."
-)
+@click.option("--text-field", default="text", show_default=True, help="Field of the text in JSONL and datasets.")
 @click.option(
     "--suffix",
     "suffixes",
@@ -37,9 +35,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
     help=f"Read files that end so inside folders (repeatable; default {' '.join(SUFFIXES)}).",
 )
 @click.option("--tokenizer", help="Folder or hub name of the tokenizer, when it does not lie with the model.")
-@click.option(
-    "--no-special-tokens", is_flag=True, help="Do not let the tokenizer add its own special tokens."
-)
+@click.option("--no-special-tokens", is_flag=True, help="Do not let the tokenizer add its own special tokens.")
 @click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model run the code it carries.")
 @click.option(

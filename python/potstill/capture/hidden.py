@@ -14,9 +14,7 @@ def unwrap(model: Any) -> Any:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(
-            model, "get_output_embeddings"
-        ):
+        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
             model = model.module
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()

@@ -41,8 +41,7 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, str | None]:
         found = sorted(p for at in spec.submodule_search_locations for p in Path(at).glob("*.gguf"))
         if len(found) != 1:
             raise ValueError(
-                f"the Python package {name!r} holds {len(found)} GGUF files, one is needed: give the file's "
-                "path"
+                f"the Python package {name!r} holds {len(found)} GGUF files, one is needed: give the file's path"
             )
         return str(found[0].parent), found[0].name
     path = Path(text)
@@ -58,9 +57,7 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, str | None]:
             "package:NAME"
         )
     if not path.exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
-        raise FileNotFoundError(
-            f"{path} does not exist: MODEL is a folder, a hub name, a .gguf file or package:NAME"
-        )
+        raise FileNotFoundError(f"{path} does not exist: MODEL is a folder, a hub name, a .gguf file or package:NAME")
     return text, None
 
 
@@ -96,18 +93,13 @@ def load_model(
     chosen = stored if dtype == "auto" else getattr(torch, dtype)
     try:
         auto: Any = AutoModelForCausalLM  # its annotations leave out output_loading_info
-        loaded, info = auto.from_pretrained(
-            where, output_loading_info=True, **{_dtype_word(): chosen}, **options
-        )
+        loaded, info = auto.from_pretrained(where, output_loading_info=True, **{_dtype_word(): chosen}, **options)
     except OSError as e:
         raise FileNotFoundError(
-            f"cannot load {os.fspath(model)}: it is neither a model folder nor found on the hub "
-            f"({_first_line(e)})"
+            f"cannot load {os.fspath(model)}: it is neither a model folder nor found on the hub ({_first_line(e)})"
         ) from e
     except (ValueError, KeyError) as e:
-        raise ValueError(
-            f"cannot load {os.fspath(model)} as a causal language model: {_first_line(e)}"
-        ) from e
+        raise ValueError(f"cannot load {os.fspath(model)} as a causal language model: {_first_line(e)}") from e
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{os.fspath(model)} is not a whole causal language model: {len(missing)} weights are not in it "
@@ -168,9 +160,7 @@ def _revision_of(where: str, gguf: str | None) -> str:
     files = (
         [folder / gguf]
         if gguf
-        else sorted(
-            p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
-        )
+        else sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
     )
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
@@ -188,9 +178,7 @@ def _dequantized() -> dict[str, Any]:
     import transformers
 
     return (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        if hasattr(transformers, "GgufConfig")
-        else {}
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     )
 
 

@@ -63,9 +63,7 @@ def token_sequences(
         raise ValueError(f"length is {length}: a sequence needs at least 1 token")
     pieces = _packed if pack else _split
     total = 0
-    for sequence in pieces(
-        _tokenised(documents, tokenizer, pack, add_special_tokens, document_batch), length
-    ):
+    for sequence in pieces(_tokenised(documents, tokenizer, pack, add_special_tokens, document_batch), length):
         total += len(sequence.tokens)
         if max_tokens is not None and total > max_tokens:
             return

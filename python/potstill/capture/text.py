@@ -92,9 +92,7 @@ class _Rows:
 def _text_of(row: Any, text_field: str, where: str) -> str:
     if not isinstance(row, dict) or text_field not in row:
         have = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"{where}: no field {text_field!r} (it has {have}); name the text's field with --text-field"
-        )
+        raise ValueError(f"{where}: no field {text_field!r} (it has {have}); name the text's field with --text-field")
     text = row[text_field]
     if not isinstance(text, str):
         raise TypeError(f"{where}: field {text_field!r} holds {type(text).__name__}, a string is needed")
@@ -139,8 +137,7 @@ def open_text(
             parts.append(_File(path, _relative(path, root), text_field))
     if not parts:
         raise ValueError(
-            f"no text found in {', '.join(map(str, paths))}: no file ends in {' '.join(wanted)} (see "
-            "--suffix)"
+            f"no text found in {', '.join(map(str, paths))}: no file ends in {' '.join(wanted)} (see --suffix)"
         )
     if all(isinstance(p, _File) for p in parts):
         return TextSource(parts, sum(p.path.stat().st_size for p in parts if isinstance(p, _File)))
@@ -176,7 +173,6 @@ def _dataset_parts(path: Path, text_field: str) -> list[_File | _Rows]:
         if text_field not in rows.column_names:
             have = ", ".join(map(repr, rows.column_names))
             raise ValueError(
-                f"{path}, {name}: no column {text_field!r} (it has {have}); name the text's column with "
-                "--text-field"
+                f"{path}, {name}: no column {text_field!r} (it has {have}); name the text's column with --text-field"
             )
     return [_Rows(rows.select_columns([text_field]), name, text_field) for name, rows in splits.items()]

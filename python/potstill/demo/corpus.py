@@ -30,9 +30,7 @@ def standard_library() -> tuple[list[Document], list[Document]]:
     """
     documents = [*_sources(Path(sysconfig.get_paths()["stdlib"])), *_topics()]
     if len(documents) < 100:
-        raise FileNotFoundError(
-            "this Python has no standard library sources to read; run the demo with one that has"
-        )
+        raise FileNotFoundError("this Python has no standard library sources to read; run the demo with one that has")
     documents.sort(key=lambda d: _shuffled(d.name))
     held_out = [d for d in documents if _shuffled(d.name) % 8 == 0]
     return [d for d in documents if _shuffled(d.name) % 8 != 0], held_out

@@ -80,9 +80,7 @@ def case(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, TopK]:
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(shape.rows, shape.hidden, generator=g).requires_grad_()
     weight = (torch.randn(shape.vocab, shape.hidden, generator=g) / shape.hidden**0.5).requires_grad_()
-    log_probs, _ = (
-        (torch.randn(shape.rows, shape.k + 1, generator=g) * 2).log_softmax(-1).sort(descending=True)
-    )
+    log_probs, _ = (torch.randn(shape.rows, shape.k + 1, generator=g) * 2).log_softmax(-1).sort(descending=True)
     ids = torch.randint(shape.vocab // shape.k, (shape.rows, shape.k), generator=g)
     ids = ids + torch.arange(shape.k) * (shape.vocab // shape.k)  # no entry twice in a row
     return hidden, weight, TopK(ids.int(), log_probs[:, :-1].contiguous(), log_probs[:, -1].contiguous())

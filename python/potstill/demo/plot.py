@@ -50,9 +50,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         _curve(figure.add_subplot(grid[0, :2]), report)
         _held_out(figure.add_subplot(grid[0, 2]), report)
         _storage(figure.add_subplot(grid[1, 0]), report)
-        _pair(
-            figure.add_subplot(grid[1, 1]), report["loss_seconds"], "Time of one loss step", report, _seconds
-        )
+        _pair(figure.add_subplot(grid[1, 1]), report["loss_seconds"], "Time of one loss step", report, _seconds)
         _pair(
             figure.add_subplot(grid[1, 2]),
             report["loss_peak_bytes"],
@@ -117,9 +115,7 @@ def _storage(axis: Any, r: dict[str, Any]) -> None:
     axis.set_ylim(-0.35, 2.75)
     for y, name, value in zip(at, names, values, strict=True):
         axis.text(10, y + 0.27, name, color=INK, fontsize=9.5, va="bottom")
-        axis.annotate(
-            f"{value:,.0f}", (value, y), (5, 0), textcoords="offset points", va="center", fontweight="bold"
-        )
+        axis.annotate(f"{value:,.0f}", (value, y), (5, 0), textcoords="offset points", va="center", fontweight="bold")
     axis.xaxis.set_visible(False)
     axis.yaxis.set_visible(False)
     axis.spines[["left", "bottom"]].set_visible(False)
@@ -130,9 +126,7 @@ def _pair(axis: Any, values: dict[str, float], title: str, r: dict[str, Any], sh
     axis.set_title(title)
     said = f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
     _note(axis, f"{r['loss_shape']['rows']:,} rows × {r['vocab_size']:,}: {said}")
-    bars = axis.bar(
-        ["eager PyTorch", "potstill"], [values["eager"], values["fused"]], color=[OTHER, OURS], width=0.58
-    )
+    bars = axis.bar(["eager PyTorch", "potstill"], [values["eager"], values["fused"]], color=[OTHER, OURS], width=0.58)
     axis.bar_label(bars, [show(values["eager"]), show(values["fused"])], padding=3, fontweight="bold")
     axis.set_ylim(0, max(values.values()) * 1.18)
     _bare(axis)

@@ -173,9 +173,7 @@ def _cache(
 
 def _held_out_batches(documents: list[Document], tokenizer: Any, settings: Settings) -> list[torch.Tensor]:
     """Full rows of documents that the cache has none of: int64 [batch, length] each."""
-    sequences = token_sequences(
-        documents, tokenizer, length=settings.length, max_tokens=settings.held_out_tokens
-    )
+    sequences = token_sequences(documents, tokenizer, length=settings.length, max_tokens=settings.held_out_tokens)
     rows = [s.tokens.astype(np.int64) for s in sequences]
     return list(torch.from_numpy(np.stack(rows)).split(4))
 

@@ -113,9 +113,7 @@ class CacheCollator:
         given = example.get("input_ids")
         tokens = self.cache.tokens(key) if given is None else np.asarray(given)
         if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(
-                f"{key!r}: input_ids has shape {tokens.shape}, one sequence of at least 1 token is needed"
-            )
+            raise ValueError(f"{key!r}: input_ids has shape {tokens.shape}, one sequence of at least 1 token is needed")
         mask = example.get("attention_mask")
         if mask is not None and (len(mask) != len(tokens) or not np.asarray(mask).all()):
             raise ValueError(
@@ -141,6 +139,4 @@ def _pad_id(tokenizer: Any) -> int:
     for name in ("pad_token_id", "eos_token_id"):
         if (found := getattr(tokenizer, name, None)) is not None:
             return int(found)
-    raise ValueError(
-        "the tokenizer has neither a pad nor an end-of-text token: give CacheCollator an id to pad with"
-    )
+    raise ValueError("the tokenizer has neither a pad nor an end-of-text token: give CacheCollator an id to pad with")

@@ -60,17 +60,13 @@ class DistillConfig:
     vocab_size: int | None = None
 
 
-def student_hidden(
-    model: nn.Module, batch: dict[str, Any], *, all_logits: bool = False
-) -> tuple[Tensor, Any]:
+def student_hidden(model: nn.Module, batch: dict[str, Any], *, all_logits: bool = False) -> tuple[Tensor, Any]:
     """(hidden [B, L, D], model outputs) of a batch of model inputs; teacher columns and labels are left out.
 
     The wrapped module itself is called, so the hooks of data-parallel wrappers fire; the head is run on the
     last position only (`all_logits=True`: on all of them).
     """
-    inputs = {
-        name: value for name, value in batch.items() if name not in TEACHER_COLUMNS and name != "labels"
-    }
+    inputs = {name: value for name, value in batch.items() if name not in TEACHER_COLUMNS and name != "labels"}
     inputs.setdefault("use_cache", False)
     return final_hidden(model, all_logits=all_logits, **inputs)
 
@@ -192,10 +188,7 @@ class DistillMixin(_Base):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _counts_across_devices(self) -> bool:
-        return (
-            bool(getattr(self.args, "average_tokens_across_devices", False))
-            and self.accelerator.num_processes > 1
-        )
+        return bool(getattr(self.args, "average_tokens_across_devices", False)) and self.accelerator.num_processes > 1
 
     def _note(self, training: bool, parts: dict[str, Tensor]) -> None:
         noted = self._parts[training]

@@ -29,8 +29,8 @@ def refuses(facts: Facts) -> str | None:
         return f"serves fp32, fp64, bf16 and fp16, not {facts.dtype}"
     if facts.divergence is not None and facts.divergence not in COMPILED:
         return (
-            f"divergence {facts.divergence!r} is not compiled in; run `python -m potstill.spell > csrc/divergences.inc` and "
-            "rebuild"
+            f"divergence {facts.divergence!r} is not compiled in; run "
+            "`python -m potstill.spell > csrc/divergences.inc` and rebuild"
         )
     return None
 
@@ -75,8 +75,8 @@ def dense_rows(
         teacher = teacher.to(out.dtype)
     y = _dense(teacher)
     _cpp.dense_rows(
-        len(x), x.shape[1], _side(x, spec.student), _side(y, spec.teacher), c.data_ptr(), _address(lab), _objective(spec),
-        _address(target), target.stride(0), out.data_ptr(), torch.get_num_threads(),
+        len(x), x.shape[1], _side(x, spec.student), _side(y, spec.teacher), c.data_ptr(), _address(lab),
+        _objective(spec), _address(target), target.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if grad is not None and target is not grad:
         grad.copy_(target)
@@ -94,8 +94,8 @@ def sparse_rows(
     rest = torch.empty(0) if log_rest is None else log_rest.to(out.dtype).contiguous()
     _cpp.sparse_rows(
         len(x), x.shape[1], _side(x, spec.student), ids.data_ptr(), log_probs.data_ptr(), _address(rest), ids.shape[1],
-        TAILS[spec.tail], c.data_ptr(), _address(lab), _objective(spec), _address(target), target.stride(0), out.data_ptr(),
-        torch.get_num_threads(),
+        TAILS[spec.tail], c.data_ptr(), _address(lab), _objective(spec), _address(target), target.stride(0),
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if grad is not None and target is not grad:
         grad.copy_(target)

@@ -19,8 +19,11 @@ RANK = -1 if INTERPRETED else 60
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+TRITON = importlib.util.find_spec("triton") is not None
+
+
 def refuses(facts: Facts) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON:
         return "Triton is not installed; `pip install triton` adds it on Linux (x86-64 or aarch64)"
     if facts.dtype not in DTYPES:
         return f"its arithmetic is fp32, for fp32, bf16 and fp16 logits, not {facts.dtype}; torch serves fp64"

@@ -80,9 +80,7 @@ def target(request, monkeypatch):
 
 
 def row_kernel(backend, form):
-    return next(
-        k for k in kernels("dense_rows" if form == "dense" else "sparse_rows") if k.backend == backend
-    )
+    return next(k for k in kernels("dense_rows" if form == "dense" else "sparse_rows") if k.backend == backend)
 
 
 def make_case(form, dtype, device, *, width=V, std=3.0, seed=0, rows=R, k=K):
@@ -327,9 +325,7 @@ def test_a_formula_of_ones_own(target, form):
     if target[0] == "triton":
         check(target, case, spec)
     else:
-        with pytest.raises(
-            ValueError, match="'squared_ratio' is not compiled in with 1 parameters; run python -m"
-        ):
+        with pytest.raises(ValueError, match="'squared_ratio' is not compiled in with 1 parameters; run python -m"):
             run(target[0], case, spec)
 
 
