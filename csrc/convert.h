@@ -116,21 +116,21 @@ struct LogSumExp {
   double total = 0;
 
   // adds exp(z * factor) for the n entries; lanes past n up to a full vector must hold -inf
-  POTSTILL_FN void add_to(LogSumExp& s, const C* z, int64_t n, C factor) {
+  POTSTILL_INLINE void add(const C* z, int64_t n, C factor) {
     using V = typename vector_of<C>::type;
     constexpr int W = traits<V>::width;
     V top = lit<V>(-std::numeric_limits<double>::infinity());
     for (int64_t i = 0; i < n; i += W) top = vmax(load<V>(z + i), top);
     const double high = static_cast<C>(highest(top) * factor);  // as the lanes will see it
-    if (high > s.m) {
-      s.total = s.m == -std::numeric_limits<double>::infinity() ? s.total : s.total * std::exp(s.m - high);
-      s.m = high;
+    if (high > m) {
+      total = m == -std::numeric_limits<double>::infinity() ? total : total * std::exp(m - high);
+      m = high;
     }
     // with nothing but -inf so far any reference will do; NaN goes through to the total
-    const V shift = lit<V>(s.m == -std::numeric_limits<double>::infinity() ? 0.0 : s.m), f = lit<V>(factor);
+    const V shift = lit<V>(m == -std::numeric_limits<double>::infinity() ? 0.0 : m), f = lit<V>(factor);
     V acc{};
     for (int64_t i = 0; i < n; i += W) acc += exp(load<V>(z + i) * f - shift);
-    s.total += sum(acc);
+    total += sum(acc);
   }
   double value() const { return total == 0 ? -std::numeric_limits<double>::infinity() : m + std::log(total); }
 };

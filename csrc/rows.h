@@ -117,7 +117,7 @@ struct Student {
       for (int64_t j = 0; j < vocab(); j += kBlock) {
         const int64_t n = std::min(kBlock, vocab() - j);
         read_block<T, C>(call.student, x + j, n, z);
-        s.add_to(s, z, n, C(1));
+        s.add(z, n, C(1));
       }
       t.lse = s.value();
     }
@@ -132,17 +132,17 @@ struct Student {
   }
 
   // g[0..n) holds d divergence / dz * distill_weight; adds the cross-entropy, the chain to x and coef, and writes.
-  POTSTILL_FN void write(const Student& s, int64_t j, int64_t n, const C* z, const C* chain, C* g, const Target& t) {
+  POTSTILL_INLINE void write(int64_t j, int64_t n, const C* z, const C* chain, C* g, const Target& t) const {
     using V = typename vector_of<C>::type;
     constexpr int W = traits<V>::width;
     if (t.wanted) {
-      const V w = lit<V>(s.call.ce_weight), lse = lit<V>(t.lse);
+      const V w = lit<V>(call.ce_weight), lse = lit<V>(t.lse);
       for (int64_t i = 0; i < n; i += W) store(g + i, load<V>(g + i) + w * exp(load<V>(z + i) - lse));
-      if (t.label >= j && t.label < j + n) g[t.label - j] -= static_cast<C>(s.call.ce_weight);
+      if (t.label >= j && t.label < j + n) g[t.label - j] -= static_cast<C>(call.ce_weight);
     }
-    const V coef = lit<V>(s.coef);
-    for (int64_t i = 0; i < n; i += W) store(g + i, load<V>(g + i) * (load<V>(chain + i) * coef));
-    narrow(g, n, s.grad + j);
+    const V c = lit<V>(coef);
+    for (int64_t i = 0; i < n; i += W) store(g + i, load<V>(g + i) * (load<V>(chain + i) * c));
+    narrow(g, n, grad + j);
   }
 
   void write_padding() const {
@@ -164,7 +164,7 @@ double log_sum_exp(const Side& side, const T* x, double factor) {
   for (int64_t j = 0; j < side.vocab; j += kBlock) {
     const int64_t n = std::min(kBlock, side.vocab - j);
     read_block<T, C>(side, x + j, n, z);
-    s.add_to(s, z, n, static_cast<C>(factor));
+    s.add(z, n, static_cast<C>(factor));
   }
   return s.value();
 }
@@ -210,7 +210,7 @@ void dense_row(const DenseRows& call, int64_t row) {
       const V q = exp(load<V>(z + i) * f - l);
       store(g + i, weight * (load<V>(slopes + j + i) - q * total));
     }
-    Student<T, C>::write(s, j, n, z, chain, g, target);
+    s.write(j, n, z, chain, g, target);
   }
   s.write_padding();
 }
@@ -243,7 +243,6 @@ void sparse_row(const SparseRows& call, int64_t row) {
   if (s.skip(row)) return;
   static thread_local Entries<C> e;
   e.read(call, row);
-  const int64_t k = static_cast<int64_t>(e.order.size());
   C z[kBlock], chain[kBlock], g[kBlock];
   LogSumExp<C> outside, inside;
   auto next = e.order.begin();
@@ -254,7 +253,7 @@ void sparse_row(const SparseRows& call, int64_t row) {
       e.lq[next - e.order.begin()] = z[next->first - j];
       z[next->first - j] = static_cast<C>(-inf);
     }
-    outside.add_to(outside, z, n, static_cast<C>(s.inv_t));
+    outside.add(z, n, static_cast<C>(s.inv_t));
   }
   for (C& value : e.lq) value = static_cast<C>(value * s.inv_t);
   for (C value : e.lq) {
@@ -300,9 +299,8 @@ void sparse_row(const SparseRows& call, int64_t row) {
       const double q = std::exp(static_cast<double>(e.lq[i]));
       g[next->first - j] = static_cast<C>(weight * (e.slopes[i] - q * sums.slope));
     }
-    Student<T, C>::write(s, j, n, z, chain, g, target);
+    s.write(j, n, z, chain, g, target);
   }
-  (void)k;
   s.write_padding();
 }
 

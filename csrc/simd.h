@@ -6,7 +6,8 @@
 #include <cstring>
 #include <limits>
 
-#define POTSTILL_FN static inline __attribute__((always_inline))
+#define POTSTILL_INLINE inline __attribute__((always_inline))
+#define POTSTILL_FN static POTSTILL_INLINE
 
 namespace potstill {
 namespace POTSTILL_ISA {

@@ -5,6 +5,8 @@
 // buffer is cut to k by nth_element when it fills. Everything that is not in the buffer, or leaves it, is summed as
 // exp(value - reference): at the end that sum is the mass of the rest, without a subtraction.
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "convert.h"
@@ -93,7 +95,7 @@ struct Selector {
         z[l] = -std::numeric_limits<C>::infinity();
       }
     }
-    rest.add_to(rest, z, n, C(1));
+    rest.add(z, n, C(1));
     if (static_cast<int64_t>(buffer.size()) >= k + kBlock / 2 || (!full && static_cast<int64_t>(buffer.size()) >= k)) cut();
   }
 
@@ -107,7 +109,7 @@ struct Selector {
     threshold_key = buffer[k - 1], threshold = Key<C>::value(threshold_key), full = true;
     const int64_t n = dropped.size();
     while (dropped.size() % W) dropped.push_back(-std::numeric_limits<C>::infinity());
-    rest.add_to(rest, dropped.data(), n, C(1));
+    rest.add(dropped.data(), n, C(1));
   }
 };
 
@@ -119,7 +121,7 @@ void topk_row(const TopkRows& call, int64_t row) {
   const int64_t vocab = call.logits.vocab, blocks = (vocab + kBlock - 1) / kBlock;
   // Blocks in a scattered order: then rows that ascend do not raise the threshold at every entry.
   int64_t step = std::max<int64_t>(1, static_cast<int64_t>(blocks * 0.618));
-  while (std::__gcd(step, blocks) != 1) ++step;
+  while (std::gcd(step, blocks) != 1) ++step;
   C z[kBlock];
   for (int64_t b = 0, at = 0; b < blocks; ++b, at = (at + step) % blocks) {
     const int64_t j = at * kBlock, n = std::min(kBlock, vocab - j);

@@ -67,9 +67,9 @@ def plain_loss(
 
 @pytest.mark.parametrize("form", ["hidden", "logits", "topk"])
 @pytest.mark.parametrize("name", divergences.names())
-def test_the_loss_is_the_formula(name, form, poisoned):
-    c, d = Case(), divergences.get(name)
-    for temperature, t2, ce, weights in ((1.0, False, 0.0, None), (2.0, True, 0.4, Case().token_weights)):
+def test_the_loss_is_the_formula(name, form, device, poisoned):
+    c, d = Case(device), divergences.get(name)
+    for temperature, t2, ce, weights in ((1.0, False, 0.0, None), (2.0, True, 0.4, c.token_weights)):
         if form == "topk" and temperature != 1:
             temperature = 1.0
         expected = plain_loss(c, d, temperature, t2, 0.7, ce, weights)
@@ -125,9 +125,9 @@ def test_pitfall_01_value_and_gradient_agree(temperature, t2, reduction):
 
 
 @pytest.mark.parametrize("form", ["hidden", "logits", "topk"])
-def test_pitfall_17_none_takes_a_different_gradient_for_each_row(form):
-    c = Case()
-    out = torch.randn(LEAD, dtype=torch.float64)
+def test_pitfall_17_none_takes_a_different_gradient_for_each_row(form, device):
+    c = Case(device)
+    out = torch.randn(LEAD, dtype=torch.float64, device=device)
     rows = ps.linear_distill_loss(c.hidden, c.head, c.teacher(form), c.labels, reduction="none", chunk_rows=4)
     expected = plain_rows(c.logits(), c.teacher_logits, divergences.get("forward_kl")) * (c.labels != -100)
     torch.testing.assert_close(rows, expected)
@@ -188,11 +188,11 @@ def test_a_sparse_teacher_at_another_temperature_is_refused():
         ps.linear_distill_loss(c.hidden, c.head, ps.TopK(top.ids, top.log_probs))
 
 
-def test_pitfall_07_padded_vocabularies():
+def test_pitfall_07_padded_vocabularies(device):
     """A wider, padded side gives what the unpadded one gives; a real mismatch is refused with both numbers."""
-    c = Case(dtype=torch.float32)
-    wide = torch.cat([c.weight, torch.randn(5, D) * 50]).detach().requires_grad_()
-    wide_teacher = torch.cat([c.teacher_weight, torch.randn(9, DT) * 50])
+    c = Case(device, torch.float32)
+    wide = torch.cat([c.weight, torch.randn(5, D, device=device) * 50]).detach().requires_grad_()
+    wide_teacher = torch.cat([c.teacher_weight, torch.randn(9, DT, device=device) * 50])
     expected = ps.linear_distill_loss(c.hidden, ps.Head(c.weight), c.teacher("hidden"))
     teacher = ps.HiddenTeacher(c.teacher_hidden, ps.Head(wide_teacher, vocab_size=V))
     got = ps.linear_distill_loss(c.hidden, ps.Head(wide, vocab_size=V), teacher)
@@ -201,10 +201,10 @@ def test_pitfall_07_padded_vocabularies():
     assert (g[V:] == 0).all() and (g[:V] != 0).any()
     with pytest.raises(ValueError, match=f"{V + 9}.*{V}.*vocab_size"):
         ps.linear_distill_loss(c.hidden, ps.Head(c.weight), ps.HiddenTeacher(c.teacher_hidden, ps.Head(wide_teacher)))
-    logits = torch.cat([c.teacher_logits, torch.full((*LEAD, 3), 99.0)], -1)
+    logits = torch.cat([c.teacher_logits, torch.full((*LEAD, 3), 99.0, device=device)], -1)
     at_hand = ps.linear_distill_loss(c.hidden, ps.Head(c.weight), ps.LogitsTeacher(logits, vocab_size=V))
     torch.testing.assert_close(at_hand, expected)
-    padded = torch.cat([c.hidden @ c.weight.T, torch.full((*LEAD, 3), 99.0)], -1)
+    padded = torch.cat([c.hidden @ c.weight.T, torch.full((*LEAD, 3), 99.0, device=device)], -1)
     torch.testing.assert_close(ps.distill_loss(padded, c.teacher("logits"), vocab_size=V), expected)
 
 
@@ -233,9 +233,9 @@ def test_pitfall_09_self_distillation_is_zero_and_shifted_is_not():
 
 @pytest.mark.parametrize("form", ["hidden", "topk"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_pitfall_12_all_rows_ignored(form, reduction):
-    c = Case()
-    labels = torch.full(LEAD, -100)
+def test_pitfall_12_all_rows_ignored(form, reduction, device):
+    c = Case(device)
+    labels = torch.full(LEAD, -100, device=device)
     for low_memory in (False, True):
         loss = ps.linear_distill_loss(
             c.hidden, c.head, c.teacher(form), labels, ce_weight=0.5, reduction=reduction, low_memory=low_memory
@@ -268,9 +268,9 @@ def test_pitfall_11_ignored_rows_are_in_neither_numerator_nor_denominator():
     )
 
 
-def test_pitfall_13_num_items():
+def test_pitfall_13_num_items(device):
     """Micro-batches with one external denominator add up to the whole batch; int, tensor and 0 are taken."""
-    c = Case()
+    c = Case(device)
     whole = ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), c.labels, ce_weight=0.5)
     n = int((c.labels != -100).sum())
     for count in (n, torch.tensor(n)):
@@ -282,7 +282,10 @@ def test_pitfall_13_num_items():
         ]
         torch.testing.assert_close(sum(parts), whole)
     assert (
-        ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), torch.full(LEAD, -100), num_items=0).item() == 0
+        ps.linear_distill_loss(
+            c.hidden, c.head, c.teacher("logits"), torch.full(LEAD, -100, device=device), num_items=0
+        ).item()
+        == 0
     )
     with pytest.raises(ValueError, match="num_items.*sum"):
         ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), num_items=3, reduction="sum")
@@ -398,10 +401,9 @@ def test_metrics_are_the_unweighted_parts():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["hidden", "topk"])
-def test_16_bit_inputs(form, dtype, no_worse):
+def test_16_bit_inputs(form, dtype, device, no_worse):
     """No worse than plain torch in the same dtype; with precise=True, as good as its fp32 on the same inputs."""
-    c = Case(dtype=dtype)
-    truth_case = Case(dtype=dtype)
+    c, truth_case = Case(device, dtype), Case(device, dtype)
     for name in ("hidden", "weight", "bias"):
         setattr(truth_case, name, getattr(c, name).detach().double().requires_grad_())
     truth_case.teacher_hidden, truth_case.teacher_weight = c.teacher_hidden.double(), c.teacher_weight.double()
