@@ -315,6 +315,23 @@ def test_pitfall_16_second_backward_and_in_place_scaling():
             torch.testing.assert_close(2 * a, b)
 
 
+def test_the_last_backward_makes_no_second_head_gradient():
+    """The saved gradient is scaled in place when the graph is freed, and kept whole when it is not."""
+    c = Case()
+    expected = c.grads(plain_loss(c, divergences.get("forward_kl")) * 3.0)[1]
+    loss = ps.linear_distill_loss(c.hidden, c.head, c.teacher("hidden"), c.labels)
+    saved = [t for t in loss.grad_fn.next_functions and loss.grad_fn.saved_tensors if t is not None]
+    address = next(t.data_ptr() for t in saved if t.shape == c.weight.shape)
+    (kept,) = torch.autograd.grad(loss * 3.0, c.weight, retain_graph=True)
+    assert kept.data_ptr() != address
+    kept.zero_()  # a user's business
+    (last,) = torch.autograd.grad(loss * 3.0, c.weight)
+    assert last.data_ptr() == address
+    torch.testing.assert_close(last, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss * 3.0, c.weight)
+
+
 @pytest.mark.parametrize("words", [{}, {"low_memory": True}], ids=str)
 def test_pitfall_16_second_derivatives_raise(words):
     c = Case()

@@ -63,7 +63,7 @@ def chunk_rows(device: torch.device, columns: int, dtype: torch.dtype) -> int:
     """Rows of a chunk buffer from a byte budget; never from the hidden size."""
     row_bytes = columns * dtype.itemsize
     if device.type == "cpu":
-        return max(128, min(512, CPU_BUDGET // row_bytes))
+        return max(128, min(256, CPU_BUDGET // row_bytes))
     return max(1024, min(4096, CUDA_BUDGET // row_bytes // 128 * 128))
 
 

@@ -185,12 +185,21 @@ def _save_linear_distill(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.want, ctx.count = inputs[-3:], len(inputs)
 
 
+def _freed_after(saved: list[Tensor]) -> bool:
+    """Whether the running backward frees the graph, so that what it saved is nobody's any more (not while tracing)."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and all(type(x) is Tensor for x in saved) and not keeps()
+
+
 def _backward_linear_distill(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     out: list[Tensor | None] = [None] * ctx.count
     if grad is None:
         return tuple(out)
     *saved, parts = ctx.saved_tensors
-    scaled = torch.ops.potstill.scale_gradients(grad, *saved)
+    if _freed_after(saved):  # in place: a second [V, D] would double the peak
+        scaled = tuple(g.mul_(grad.to(g.dtype)) for g in saved)
+    else:
+        scaled = torch.ops.potstill.scale_gradients(grad, *saved)
     for i, wanted in enumerate(ctx.want):
         out[i] = scaled[i] if wanted else None
     if parts is not None:
