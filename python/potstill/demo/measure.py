@@ -91,7 +91,7 @@ def one_step(which: str, hidden: Tensor, weight: Tensor, teacher: TopK) -> float
     hidden.grad = weight.grad = None
     loss = (fused_loss if which == "fused" else eager_loss)(hidden, weight, teacher)
     loss.backward()
-    value = float(loss)
+    value = float(loss.detach())
     hidden.grad = weight.grad = None
     return value
 

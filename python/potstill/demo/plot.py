@@ -124,7 +124,7 @@ def _storage(axis: Any, r: dict[str, Any]) -> None:
 def _pair(axis: Any, values: dict[str, float], title: str, r: dict[str, Any], show: Any) -> None:
     ratio = values["eager"] / values["fused"]
     axis.set_title(title)
-    said = f"{ratio:.1f} times less" if ratio >= 1 else f"{1 / ratio:.1f} times more"
+    said = f"{1 - 1 / ratio:.0%} less" if ratio >= 1 else f"{1 / ratio - 1:.0%} more"
     _note(axis, f"{r['loss_shape']['rows']:,} rows × {r['vocab_size']:,}: {said}")
     bars = axis.bar(["eager PyTorch", "potstill"], [values["eager"], values["fused"]], color=[OTHER, OURS], width=0.58)
     axis.bar_label(bars, [show(values["eager"]), show(values["fused"])], padding=3, fontweight="bold")

