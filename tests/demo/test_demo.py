@@ -10,7 +10,7 @@ import potstill as ps
 import pytest
 import torch
 from click.testing import CliRunner
-from potstill.demo import command, measure, run
+from potstill.demo import command, run
 from potstill.demo.corpus import EXCERPT, standard_library
 from potstill.demo.plot import draw
 from potstill.demo.student import divergence_between, every_nth_layer, held_out
@@ -91,27 +91,6 @@ def test_training_from_a_cache_brings_the_student_closer(teacher, tmp_path):
     assert [p["step"] for p in curve] == list(range(1, 25)) and curve[-1]["loss"] < curve[0]["loss"]
     assert divergence_between(student, held) < before
     assert [line.split()[1] for line in said] == ["1", "8", "16", "24"] and not (tmp_path / "t").exists()
-
-
-def test_both_sides_of_the_benchmark_compute_the_same():
-    hidden, weight, teacher = measure.case(measure.Shape(rows=33, hidden=16, vocab=700, k=12))
-    assert (teacher.ids.sort(-1).values.diff(dim=-1) > 0).all(), "no entry twice"
-    mass = teacher.log_probs.exp().sum(-1) + teacher.log_rest.exp()
-    torch.testing.assert_close(mass, torch.ones_like(mass))
-    grads = []
-    for loss in (measure.fused_loss, measure.eager_loss):
-        value = loss(hidden, weight, teacher)
-        grads.append((value.detach(), *torch.autograd.grad(value, (hidden, weight))))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_memory_is_measured_where_it_is_known():
-    """Eager holds at least its logits and their gradient; the fused loss never a [rows, vocab] matrix."""
-    shape = measure.Shape(rows=2048, hidden=16, vocab=16_384, k=8)
-    matrix = 4 * shape.rows * shape.vocab
-    assert measure._peak_in_process("eager", shape) > 2 * matrix
-    assert measure._peak_in_process("fused", shape) < matrix
 
 
 def report() -> dict:

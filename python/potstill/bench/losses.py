@@ -67,7 +67,7 @@ def variants(
             value = loss()
             value.backward()
             h.grad = w.grad = None
-            return float(value)
+            return float(value.detach())
 
         return run
 

@@ -26,7 +26,7 @@ def run(what: str, *, smoke: bool, cache_path: Path, threads: int | None, note: 
         torch.set_num_threads(threads or before)
         for shape in losses.SMOKE if smoke else losses.SHAPES:
             note(f"losses: {shape[0]}")
-            found["losses"] += _losses(*shape, repeats=2 if smoke else 5, compiled=not smoke)
+            found["losses"] += loss_rows(*shape, repeats=2 if smoke else 5, compiled=not smoke)
     if what in ("topk", "all"):
         torch.set_num_threads(1)
         for dtype, n, vocab, k, kind in topk.CASES:
@@ -42,9 +42,10 @@ def run(what: str, *, smoke: bool, cache_path: Path, threads: int | None, note: 
     return found
 
 
-def _losses(
+def loss_rows(
     name: str, form: str, rows: int, hidden: int, teacher_hidden: int, vocab: int, *, repeats: int, compiled: bool
 ) -> list[Row]:
+    """One row a variant ("potstill", "eager", ...): seconds, spread, ratios to the floor and to eager, peak bytes."""
     shape = dict(form=form, rows=rows, hidden=hidden, teacher_hidden=teacher_hidden, vocab=vocab)
     calls = losses.variants(**shape, compiled=compiled)  # type: ignore[arg-type]
     values = {label: call() for label, call in calls.items() if label != "floor"}
@@ -63,7 +64,8 @@ def _losses(
         taken = median(seconds[label])
         found.append({
             "case": f"{name}, {rows} rows", "variant": label, "seconds": taken, "spread": spread(seconds[label]),
-            "over_floor": taken / floor, "over_eager": taken / eager, "peak_bytes": peak, **shape,
+            "over_floor": taken / floor, "over_eager": taken / eager, "peak_bytes": peak,
+            "value": values[label], **shape,
         })  # fmt: skip
     return found
 

