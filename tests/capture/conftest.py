@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ..tiny_model import tiny_llama
+
 
 def byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,24 +20,6 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
-def tiny_llama(vocab_size: int = 300, seed: int = 0):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.4,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()
@@ -43,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model():
-    return tiny_llama()
+    return tiny_llama(initializer_range=0.4)
 
 
 @pytest.fixture(scope="session")

@@ -15,24 +15,13 @@ from potstill.demo.corpus import EXCERPT, standard_library
 from potstill.demo.plot import draw
 from potstill.demo.student import divergence_between, every_nth_layer, held_out
 
+from ..tiny_model import tiny_llama
+
 
 @pytest.fixture
 def teacher():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = tiny_llama(layers=6, tie_word_embeddings=True, initializer_range=0.2, pad_token_id=0)
+    return model.requires_grad_(False)
 
 
 def test_text_is_real_disjoint_and_the_same_every_time():

@@ -9,26 +9,14 @@ import potstill as ps
 import pytest
 import torch
 
+from .. import tiny_model
+
 VOCAB = 300
 LENGTHS = (23, 9, 17, 2)
 
 
 def tiny_llama(seed: int = 0):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model.tiny_llama(seed, vocab_size=VOCAB, pad_token_id=0)
 
 
 def exact_rows(model, tokens, k: int = VOCAB) -> ps.TopK:

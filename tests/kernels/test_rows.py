@@ -156,6 +156,21 @@ def test_a_rest_far_below_the_entries_keeps_its_gradient(device):
             assert grad[0, :k].sum().item() == pytest.approx(0.1, rel=1e-4), backend
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_row_without_entries_is_zero(tail, device):
+    """A padding row of a cached batch: no id, all mass in the rest."""
+    x = torch.randn(2, 50, device=device)
+    ids = torch.full((2, 4), -1, device=device)
+    log_probs = torch.full((2, 4), -math.inf, device=device)
+    spec = RowSpec(divergences.get("forward_kl"), Side(50), None, tail)
+    for backend in backends("sparse_rows", device, torch.float32):
+        grad = torch.full_like(x, math.nan)
+        run = dispatch.select(Facts("sparse_rows", device, torch.float32), backend).run
+        rest = torch.zeros(2, device=device) if tail == "bucket" else None
+        out = run(x, ids, log_probs, rest, torch.ones(2, device=device), None, spec, grad)
+        assert out.abs().max() < 1e-6 and grad.abs().max() < 1e-6, backend
+
+
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
 def test_every_instruction_set_of_this_processor(isa, no_worse):
     from potstill import _cpp
