@@ -197,7 +197,8 @@ def _backward_linear_distill(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Te
         return tuple(out)
     *saved, parts = ctx.saved_tensors
     if _freed_after(saved):  # in place: a second [V, D] would double the peak
-        scaled = tuple(g.mul_(grad.to(g.dtype)) for g in saved)
+        one = grad.device.type == "cpu" and grad.item() == 1  # a look is cheap on a CPU
+        scaled = tuple(saved) if one else tuple(g.mul_(grad.to(g.dtype)) for g in saved)
     else:
         scaled = torch.ops.potstill.scale_gradients(grad, *saved)
     for i, wanted in enumerate(ctx.want):
