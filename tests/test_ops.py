@@ -5,7 +5,7 @@ from __future__ import annotations
 import potstill as ps
 import pytest
 import torch
-from potstill import ops
+from potstill.ops import losses as ops
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 

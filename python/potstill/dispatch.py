@@ -17,6 +17,7 @@ import torch
 BACKEND_MODULES = (
     "potstill.reference",
     "potstill.kernels.cpp",
+    "potstill.kernels.cpp_topk",
     "potstill.kernels.cuda",
     "potstill.kernels.triton_backend",
 )

@@ -35,12 +35,12 @@ def refuses(facts: Facts) -> str | None:
     return None
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense_columns(x: Tensor) -> Tensor:
     """x [R, C] with unit column stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _side(x: Tensor, side: Side) -> tuple[int, int, int, int, float, float]:
+def side_numbers(x: Tensor, side: Side) -> tuple[int, int, int, int, float, float]:
     return x.data_ptr(), x.stride(0), DTYPES[x.dtype], side.vocab_size, side.scale, side.softcap
 
 
@@ -57,7 +57,7 @@ def _prepare(student: Tensor, coef: Tensor, labels: Tensor | None, grad: Tensor 
         target = torch.empty_like(student, memory_format=torch.contiguous_format)
     out = torch.empty(2, len(student), dtype=wide)
     labels = torch.empty(0, dtype=torch.int64) if labels is None else labels.contiguous()
-    return _dense(student), coef.to(wide).contiguous(), labels, target, out
+    return dense_columns(student), coef.to(wide).contiguous(), labels, target, out
 
 
 def _address(x: Tensor) -> int:
@@ -73,9 +73,9 @@ def dense_rows(
     x, c, lab, target, out = _prepare(student, coef, labels, grad)
     if (teacher.dtype == torch.float64) != (x.dtype == torch.float64):
         teacher = teacher.to(out.dtype)
-    y = _dense(teacher)
+    y = dense_columns(teacher)
     _cpp.dense_rows(
-        len(x), x.shape[1], _side(x, spec.student), _side(y, spec.teacher), c.data_ptr(), _address(lab),
+        len(x), x.shape[1], side_numbers(x, spec.student), side_numbers(y, spec.teacher), c.data_ptr(), _address(lab),
         _objective(spec), _address(target), target.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if grad is not None and target is not grad:
@@ -93,24 +93,10 @@ def sparse_rows(
     ids, log_probs = ids.long().contiguous(), log_probs.to(out.dtype).contiguous()
     rest = torch.empty(0) if log_rest is None else log_rest.to(out.dtype).contiguous()
     _cpp.sparse_rows(
-        len(x), x.shape[1], _side(x, spec.student), ids.data_ptr(), log_probs.data_ptr(), _address(rest), ids.shape[1],
-        TAILS[spec.tail], c.data_ptr(), _address(lab), _objective(spec), _address(target), target.stride(0),
-        out.data_ptr(), torch.get_num_threads(),
+        len(x), x.shape[1], side_numbers(x, spec.student), ids.data_ptr(), log_probs.data_ptr(), _address(rest),
+        ids.shape[1], TAILS[spec.tail], c.data_ptr(), _address(lab), _objective(spec), _address(target),
+        target.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if grad is not None and target is not grad:
         grad.copy_(target)
     return out
-
-
-@register("topk", "cpp", rank=50, refuses=refuses)
-def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [R, V] -> (ids [R, k] int32, log_probs [R, k], log_rest [R], lse [R])."""
-    x = _dense(logits)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    ids = torch.empty(len(x), k, dtype=torch.int32)
-    log_probs, (log_rest, lse) = torch.empty(len(x), k, dtype=wide), torch.empty(2, len(x), dtype=wide)
-    _cpp.topk(
-        len(x), _side(x, side), k, ids.data_ptr(), log_probs.data_ptr(), log_rest.data_ptr(), lse.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return ids, log_probs, log_rest.clone(), lse.clone()

@@ -1,11 +1,8 @@
-"""torch.library schemas, fakes and autograd: the only file that names torch.library.
+"""The ops of the losses: schemas, fakes, autograd.
 
-Public ops, each opaque to torch.compile, with the chunk loop and the choice of the kernel inside:
-  linear_distill        the weighted sum of the row losses; gradients are made in the forward pass, once
-  linear_distill_rows   the row losses; gradients are made again in the backward pass, from the incoming ones
-  distill_rows          the row losses of logits at hand; the gradient is made in the backward pass
-  topk, linear_topk     extraction; no gradient
-A backward is an op of its own whose derivative raises, so a second derivative is an error, never a wrong number.
+linear_distill        the weighted sum of the row losses; gradients are made in the forward pass, once
+linear_distill_rows   the row losses; gradients are made again in the backward pass, from the incoming ones
+distill_rows          the row losses of logits at hand; the gradient is made in the backward pass
 """
 
 from __future__ import annotations
@@ -16,10 +13,9 @@ import torch
 from torch import Tensor
 
 from potstill import divergences
-from potstill.chunked import TeacherRows, Wanted, linear_rows, linear_topk_rows, logits_rows, topk_rows
-from potstill.rows import RowSpec, Side
-
-LIB = torch.library.Library("potstill", "DEF")
+from potstill.chunked import TeacherRows, Wanted, linear_rows, logits_rows
+from potstill.ops.library import Op, no_second_derivative, register, side_of, wide
+from potstill.rows import RowSpec
 
 TEACHER = (
     "Tensor? t_hidden, Tensor? t_weight, Tensor? t_bias, Tensor? t_logits, Tensor? ids, Tensor? log_probs, "
@@ -41,19 +37,10 @@ SCHEMAS = {
     " -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
     "distill_rows": f"(Tensor logits, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}) -> (Tensor loss, Tensor parts)",
     "distill_rows_backward": f"(Tensor logits, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}) -> Tensor",
-    "topk": "(Tensor logits, int k, float[] side, str backend)"
-    " -> (Tensor ids, Tensor log_probs, Tensor log_rest, Tensor lse)",
-    "linear_topk": f"({STUDENT}, int k, float[] side, int chunk_rows, bool precise, str backend)"
-    " -> (Tensor ids, Tensor log_probs, Tensor log_rest, Tensor lse)",
     "scale_gradients": "(Tensor grad, Tensor d_hidden, Tensor d_weight, Tensor d_bias) -> (Tensor, Tensor, Tensor)",
 }
 N_TEACHER = TEACHER.count("Tensor?")
 N_SPEC = SPEC.count(",") + 1
-
-
-def side_of(numbers: list[float]) -> Side:
-    vocab_size, scale, softcap = numbers
-    return Side(int(vocab_size), scale, softcap)
 
 
 def spec_of(settings: tuple[Any, ...]) -> tuple[RowSpec, tuple[int, bool, str]]:
@@ -121,22 +108,8 @@ def distill_rows_backward(*args: Any) -> Tensor:
     return _logits(args, True)[1][1]
 
 
-def topk(logits: Tensor, k: int, side: list[float], backend: str) -> tuple[Tensor, ...]:
-    return topk_rows(logits, k, side_of(side), backend)
-
-
-def linear_topk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, side: list[float], *how: Any
-) -> tuple[Tensor, ...]:
-    return linear_topk_rows(hidden, weight, bias, k, side_of(side), *how)
-
-
 def scale_gradients(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
     return tuple(g * grad.to(g.dtype) for g in saved)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fake_grads(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,18 +123,12 @@ def _fake_grads(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], dtype=_wide(x)), x.new_empty(2, x.shape[0], dtype=_wide(x))
+    return x.new_empty(x.shape[0], dtype=wide(x)), x.new_empty(2, x.shape[0], dtype=wide(x))
 
 
 def _fake_linear_distill(*args: Any) -> tuple[Tensor, ...]:
     loss, parts = _fake_rows(args[0])
     return (loss.new_empty(()), parts, *_fake_grads(args))
-
-
-def _fake_topk(x: Tensor, k: int) -> tuple[Tensor, ...]:
-    n, wide = x.shape[0], _wide(x)
-    ids, log_probs = x.new_empty(n, k, dtype=torch.int32), x.new_empty(n, k, dtype=wide)
-    return ids, log_probs, x.new_empty(n, dtype=wide), x.new_empty(n, dtype=wide)
 
 
 FAKES = {
@@ -170,8 +137,6 @@ FAKES = {
     "linear_distill_rows_backward": lambda *args: _fake_grads(args),
     "distill_rows": lambda *args: _fake_rows(args[0]),
     "distill_rows_backward": lambda *args: torch.empty_like(args[0], memory_format=torch.contiguous_format),
-    "topk": lambda logits, k, *_: _fake_topk(logits, k),
-    "linear_topk": lambda hidden, weight, bias, k, *_: _fake_topk(hidden, k),
     "scale_gradients": lambda grad, *saved: tuple(torch.empty_like(g) for g in saved),
 }
 
@@ -243,28 +208,14 @@ def _backward_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tens
     return tuple(out)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "potstill's losses have first derivatives only; for second derivatives (create_graph=True) write the "
-        "divergence in plain torch"
-    )
-
-
 AUTOGRAD: dict[str, tuple[Any, Any]] = {
     "linear_distill": (_backward_linear_distill, _save_linear_distill),
     "linear_distill_rows": (_backward_linear_distill_rows, _save_rows),
-    "linear_distill_rows_backward": (_no_second_derivative, None),
+    "linear_distill_rows_backward": (no_second_derivative, None),
     "distill_rows": (_backward_distill_rows, _save_rows),
-    "distill_rows_backward": (_no_second_derivative, None),
-    "topk": (_no_second_derivative, None),
-    "linear_topk": (_no_second_derivative, None),
-    "scale_gradients": (_no_second_derivative, None),
+    "distill_rows_backward": (no_second_derivative, None),
+    "scale_gradients": (no_second_derivative, None),
 }
 
 for _name, _schema in SCHEMAS.items():
-    _qualified = f"potstill::{_name}"
-    torch.library.define(_qualified, _schema, lib=LIB, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(_qualified, "CompositeExplicitAutograd", globals()[_name], lib=LIB)
-    torch.library.register_fake(_qualified, FAKES[_name], lib=LIB)
-    _backward, _setup = AUTOGRAD[_name]
-    torch.library.register_autograd(_qualified, _backward, setup_context=_setup, lib=LIB)
+    register(Op(_name, _schema, globals()[_name], FAKES[_name], *AUTOGRAD[_name]))

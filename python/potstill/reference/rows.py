@@ -1,7 +1,4 @@
-"""Every op in plain torch: the oracle of the tests and the last-ranked backend, on any device.
-
-Reads as the formulas in rows.py and divergences.py do; in fp64 it is the truth the other backends are held to.
-"""
+"""The row kernels in plain torch; they read as the formulas in potstill/rows.py and divergences.py do."""
 
 from __future__ import annotations
 
@@ -111,13 +108,3 @@ def sparse_rows(
         dz = dz.scatter_add_(1, columns, slope[:, : ids.shape[1]])
     lq1 = lq_all if spec.temperature == 1 else torch.log_softmax(zs, -1)
     return _finish(out, dz / spec.temperature, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
-
-
-@register("topk", "torch", rank=0, refuses=serves_all)
-def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [R, V] -> (ids [R, k] int32, log_probs [R, k], log_rest [R], lse [R]); order as potstill.topk says."""
-    z = apply_side(logits, side)[0]
-    values, ids = z.sort(dim=-1, descending=True, stable=True)
-    lse = z.logsumexp(-1)
-    rest = values[:, k:].logsumexp(-1) if k < values.shape[1] else torch.full_like(lse, NEG_INF)
-    return ids[:, :k].int(), values[:, :k] - lse[:, None], rest - lse, lse
