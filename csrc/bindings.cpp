@@ -28,7 +28,7 @@ struct Divergence {
 };
 #include "divergences.inc"
 #define POTSTILL_TABLE_LINE(name, count) {#name, count},
-static const Divergence kDivergences[] = {POTSTILL_DIVERGENCES(POTSTILL_TABLE_LINE){nullptr, 0}};
+static const Divergence kDivergences[] = {POTSTILL_DIVERGENCES(POTSTILL_TABLE_LINE) POTSTILL_OTHERS(POTSTILL_TABLE_LINE){nullptr, 0}};
 
 int find_divergence(const char* name, int* parameters) {
   for (int i = 0; kDivergences[i].name; ++i) {
@@ -104,12 +104,13 @@ static void dense_rows(int64_t rows, int64_t columns, const SideArgs& student, c
 }
 
 static void sparse_rows(int64_t rows, int64_t columns, const SideArgs& student, uintptr_t ids, uintptr_t log_probs,
-                        uintptr_t log_rest, int64_t k, int tail, uintptr_t coef, uintptr_t labels,
+                        uintptr_t log_rest, uintptr_t weights, int64_t k, int tail, uintptr_t coef, uintptr_t labels,
                         const ObjectiveArgs& objective, uintptr_t grad, int64_t grad_stride, uintptr_t out, int threads) {
   SparseRows r{};
   fill(r, rows, columns, student, coef, labels, objective, grad, grad_stride, out);
   r.ids = reinterpret_cast<const int64_t*>(ids), r.log_probs = reinterpret_cast<const void*>(log_probs);
   r.log_rest = reinterpret_cast<const void*>(log_rest), r.k = k, r.tail = static_cast<Tail>(tail);
+  r.weights = reinterpret_cast<const void*>(weights);
   loop(r, chosen()->sparse, threads);
 }
 

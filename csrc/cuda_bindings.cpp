@@ -66,12 +66,13 @@ static void dense_rows(int64_t rows, int64_t columns, const SideArgs& student, c
 }
 
 static void sparse_rows(int64_t rows, int64_t columns, const SideArgs& student, uintptr_t ids, uintptr_t log_probs,
-                        uintptr_t log_rest, int64_t k, int tail, uintptr_t coef, uintptr_t labels,
+                        uintptr_t log_rest, uintptr_t weights, int64_t k, int tail, uintptr_t coef, uintptr_t labels,
                         const ObjectiveArgs& objective, const GradArgs& grad, uintptr_t out, uintptr_t stream) {
   SparseRows r{};
   fill(r, rows, columns, student, coef, labels, objective, grad, out);
   r.ids = reinterpret_cast<const int64_t*>(ids), r.log_probs = reinterpret_cast<const void*>(log_probs);
   r.log_rest = reinterpret_cast<const void*>(log_rest), r.k = k, r.tail = static_cast<Tail>(tail);
+  r.weights = reinterpret_cast<const void*>(weights);
   if (rows) check(launch_sparse(r, static_cast<Dtype>(std::get<2>(grad)), stream));
 }
 

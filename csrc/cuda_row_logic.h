@@ -165,14 +165,15 @@ POTSTILL_FN void dense_row(Block& block, const DenseRows& call, Dtype grad_dtype
   const Target target = target_of(call, row, sq);
   const float ce = cross_entropy(target, student);
   sums = block.reduce(sums, [](const Sums& a, const Sums& b) { return Add::added(a, b); });
+  const two<float> result = outer<float>(call.divergence, sums.term, call.params);
   if (block.thread == 0) {
-    static_cast<float*>(call.out)[row] = sums.term;
+    static_cast<float*>(call.out)[row] = result.a;
     static_cast<float*>(call.out)[call.rows + row] = ce;
   }
   if (!grad) return;
   // `grad` may be the student: each thread reads its columns, then writes them
   const float coef = static_cast<const float*>(call.coef)[row];
-  const float weight = static_cast<float>(call.distill_weight) * inv_t;
+  const float weight = static_cast<float>(call.distill_weight) * inv_t * result.b;
   for (int64_t j = first; j < call.columns; j += step) {
     read(student, j, zq, chain);
     read(teacher, j, zp);
@@ -198,6 +199,7 @@ POTSTILL_FN void sparse_row(Block& block, const SparseRows& call, Dtype grad_dty
   const int64_t first = int64_t(block.thread) * kPack, step = int64_t(block.threads) * kPack;
   const int64_t* ids = call.ids + row * call.k;
   const float* log_probs = static_cast<const float*>(call.log_probs) + row * call.k;
+  const float* entry_weights = call.weights ? static_cast<const float*>(call.weights) + row * call.k : nullptr;
   const auto merge = [inv_t](const LogSum& a, const LogSum& b) { return Merge::merged(a, b, inv_t); };
   uint32_t* mask = reinterpret_cast<uint32_t*>(block.memory);
   float* entry_grad = reinterpret_cast<float*>(mask + mask_words(call));
@@ -233,8 +235,9 @@ POTSTILL_FN void sparse_row(Block& block, const SparseRows& call, Dtype grad_dty
     const float z = ids[i] < student.vocab ? read_one(student, ids[i]) : NAN;
     const float lp = log_probs[i], lq = (z - norm.m) * inv_t - log_s;
     const two<float> r = formula(lp, lq);
-    sums.term += r.a + centre * (exp(lq) - exp(lp));
-    sums.slope += r.b;
+    const float w = entry_weights ? entry_weights[i] : 1;
+    sums.term += w * (r.a + centre * (exp(lq) - exp(lp)));
+    sums.slope += w * r.b;
   }
   float rest_slope = 0;
   if (bucket) {
@@ -246,18 +249,20 @@ POTSTILL_FN void sparse_row(Block& block, const SparseRows& call, Dtype grad_dty
   const Target target = target_of(call, row, all);
   const float ce = cross_entropy(target, student);
   sums = block.reduce(sums, [](const Sums& a, const Sums& b) { return Add::added(a, b); });
+  const two<float> result = outer<float>(call.divergence, sums.term, call.params);
   if (block.thread == 0) {
-    static_cast<float*>(call.out)[row] = sums.term;
+    static_cast<float*>(call.out)[row] = result.a;
     static_cast<float*>(call.out)[call.rows + row] = ce;
   }
   if (!grad) return;
   const float coef = static_cast<const float*>(call.coef)[row];
-  const float weight = static_cast<float>(call.distill_weight) * inv_t;
+  const float weight = static_cast<float>(call.distill_weight) * inv_t * result.b;
   for (int64_t i = block.thread; i < call.k; i += block.threads) {
     if (ids[i] < 0 || ids[i] >= student.vocab) continue;
     float chain;
     const float z = read_one(student, ids[i], &chain), lq = (z - norm.m) * inv_t - log_s;
-    const float dz = weight * (formula(log_probs[i], lq).b - exp(lq) * sums.slope);
+    const float w = entry_weights ? entry_weights[i] : 1;
+    const float dz = weight * (w * formula(log_probs[i], lq).b - exp(lq) * sums.slope);
     entry_grad[i] = finished(target, dz, z, ids[i], chain, coef);
   }
   block.sync();  // the entries were read before the row is written over

@@ -29,7 +29,7 @@ struct Rows {
   void* out;  // [2, rows]
 };
 
-enum class Tail : int { bucket = 0, renormalize = 1, drop = 2 };
+enum class Tail : int { bucket = 0, renormalize = 1, drop = 2, sampled = 3 };
 
 struct DenseRows : Rows {
   Side teacher;
@@ -39,6 +39,7 @@ struct SparseRows : Rows {
   const int64_t* ids;     // [rows, k], -1 for a missing entry
   const void* log_probs;  // [rows, k], as coef
   const void* log_rest;   // [rows], as coef; null unless tail is bucket
+  const void* weights;    // [rows, k], as coef; null unless tail is sampled
   int64_t k;
   Tail tail;
 };

@@ -60,10 +60,11 @@ POTSTILL_FN void run_block(const C* lp, const C* lq, int64_t n, double centre, C
     run_block<C>(lp, lq, n, centre, slopes, sums, [&](V a, V b) __attribute__((always_inline)) { return POTSTILL_CALL_##count(name); }); \
   }
 POTSTILL_DIVERGENCES(POTSTILL_BLOCK)
+POTSTILL_OTHERS(POTSTILL_BLOCK)
 #define POTSTILL_ENTRY(name, count) block_##name<C>,
 template <class C>
 BlockFn<C> block_function(int divergence) {
-  static constexpr BlockFn<C> table[] = {POTSTILL_DIVERGENCES(POTSTILL_ENTRY)};
+  static constexpr BlockFn<C> table[] = {POTSTILL_DIVERGENCES(POTSTILL_ENTRY) POTSTILL_OTHERS(POTSTILL_ENTRY)};
   return table[divergence];
 }
 
@@ -200,9 +201,10 @@ void dense_row(const DenseRows& call, int64_t row) {
     to_log_probs(lp, n, s.inv_t, lse_teacher);
     block(lp, z, n, call.params, call.centre, slopes ? slopes + j : nullptr, sums);
   }
-  s.finish(row, sums.term, target);
+  const two<double> result = outer<double>(call.divergence, sums.term, call.params);
+  s.finish(row, result.a, target);
   if (!s.grad) return;
-  const V total = lit<V>(sums.slope), weight = lit<V>(call.distill_weight * s.inv_t), f = lit<V>(s.inv_t), l = lit<V>(lse);
+  const V total = lit<V>(sums.slope), weight = lit<V>(call.distill_weight * s.inv_t * result.b), f = lit<V>(s.inv_t), l = lit<V>(lse);
   for (int64_t j = 0; j < s.vocab(); j += kBlock) {
     const int64_t n = std::min(kBlock, s.vocab() - j);
     read_block<T, C>(call.student, s.x + j, n, z, chain);
@@ -219,17 +221,38 @@ void dense_row(const DenseRows& call, int64_t row) {
 template <class C>
 struct Entries {
   std::vector<std::pair<int64_t, int32_t>> order;  // (id, place in the row)
-  std::vector<C> lp, lq, slopes;                   // in `order`, then the rest entry
+  std::vector<C> lp, lq, slopes, weights;          // in `order`, then the rest entry
 
   void read(const SparseRows& call, int64_t row) {
-    order.clear(), lp.clear();
+    order.clear(), lp.clear(), weights.clear();
     for (int64_t i = 0; i < call.k; ++i) {
       const int64_t id = call.ids[row * call.k + i];
       if (id >= 0 && id < call.student.vocab) order.emplace_back(id, static_cast<int32_t>(i));
     }
     std::sort(order.begin(), order.end());
-    for (const auto& [id, place] : order) lp.push_back(static_cast<const C*>(call.log_probs)[row * call.k + place]);
+    for (const auto& [id, place] : order) {
+      lp.push_back(static_cast<const C*>(call.log_probs)[row * call.k + place]);
+      if (call.weights) weights.push_back(static_cast<const C*>(call.weights)[row * call.k + place]);
+    }
     lq.resize(order.size());
+  }
+
+  // Sums over the entries, each with its weight where there are weights.
+  BlockSums<C> sums(const SparseRows& call) {
+    const BlockFn<C> block = block_function<C>(call.divergence);
+    slopes.assign(lp.size(), 0);
+    BlockSums<C> total;
+    if (!call.weights) {
+      block(lp.data(), lq.data(), lp.size(), call.params, call.centre, slopes.data(), total);
+      return total;
+    }
+    for (size_t i = 0; i < lp.size(); ++i) {
+      BlockSums<C> one;
+      block(&lp[i], &lq[i], 1, call.params, call.centre, &slopes[i], one);
+      slopes[i] *= weights[i];
+      total.term += weights[i] * one.term, total.slope += slopes[i];
+    }
+    return total;
   }
 };
 
@@ -271,13 +294,12 @@ void sparse_row(const SparseRows& call, int64_t row) {
     e.lp.push_back(static_cast<const C*>(call.log_rest)[row]);
     e.lq.push_back(static_cast<C>(lse_out - lse));
   }
-  e.slopes.assign(e.lp.size(), 0);
-  BlockSums<C> sums;
-  block_function<C>(call.divergence)(e.lp.data(), e.lq.data(), e.lp.size(), call.params, call.centre, e.slopes.data(), sums);
-  s.finish(row, sums.term, target);
+  const BlockSums<C> sums = e.sums(call);
+  const two<double> result = outer<double>(call.divergence, sums.term, call.params);
+  s.finish(row, result.a, target);
   if (!s.grad) return;
   // outside the K: z_j moves the rest entry by its share of it, and every entry through the normaliser
-  const double weight = call.distill_weight * s.inv_t;
+  const double weight = call.distill_weight * s.inv_t * result.b;
   const double rest_slope = call.tail == Tail::bucket ? static_cast<double>(e.slopes.back()) : 0.0;
   const bool split = rest_slope != 0 && !(lse - lse_out < 69);  // the share would overflow fp32 as a factor of q
   const double share = rest_slope == 0 || split ? 0.0 : rest_slope * std::exp(lse - lse_out);

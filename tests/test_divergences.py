@@ -14,6 +14,8 @@ ALL = [divergences.get(name) for name in divergences.names()] + [
     divergences.jsd(teacher_weight=0.9),
     divergences.skew_forward_kl(teacher_weight=0.7),
     divergences.skew_reverse_kl(teacher_weight=0.2),
+    divergences.alpha_divergence(alpha=0.05),
+    divergences.renyi(alpha=0.95),
 ]
 PROPER = [d for d in ALL if d.name != "soft_cross_entropy"]  # its minimum is the teacher's entropy
 

@@ -1,4 +1,4 @@
-"""Every divergence, written once.
+"""Every divergence that is a sum over the vocabulary, written once. (row_losses.py has the sorted and squared ones.)
 
 A formula takes the teacher's and the student's log-probability of one vocabulary entry, `lp` and `lq`, and returns
 `(term, slope)`: the summand of the divergence at that entry and its derivative by `lq`. With `q = exp(lq)` and
@@ -6,6 +6,10 @@ A formula takes the teacher's and the student's log-probability of one vocabular
 all that the kernels know. The same source runs in torch, as a Triton device function and, spelled, as C++
 (see spell.py), so a formula uses only arithmetic, comparisons, `exp`, `expm1`, `log1p`, `abs`, `where` and helpers
 written in the same way. Formulas stay in log space, and an entry of probability 0 gives what the limit gives.
+A divergence that is a function of such a sum adds `outer(total, *parameters) -> (value, derivative)`.
+
+Three kinds share the table: divergences; estimators, whose sum runs over sampled tokens (tail="sampled"); and the
+metrics that `return_metrics` names.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import abs, exp, expm1, log1p, where
+
+if TYPE_CHECKING:
+    from potstill.row_losses import RowLoss
 
 __all__ = ["Divergence", "Parameter", "divergence", "get", "names"]
 
@@ -30,6 +37,25 @@ class Parameter:
     high: float
 
 
+def bind(
+    name: str, parameters: tuple[Parameter, ...], current: tuple[float, ...], bound: dict[str, float]
+) -> tuple[float, ...]:
+    """`current` with those in `bound` put in place. Raises TypeError on an unknown one, ValueError out of range."""
+    known = [p.name for p in parameters]
+    if unknown := [x for x in bound if x not in known]:
+        raise TypeError(f"divergence {name!r} got {unknown[0]!r}; it takes {known or 'no parameters'}")
+    values = []
+    for parameter, old in zip(parameters, current, strict=True):
+        value = float(bound.get(parameter.name, old))
+        if not parameter.low < value < parameter.high:
+            raise ValueError(
+                f"divergence {name!r}: {parameter.name}={value} is outside the open interval "
+                f"({parameter.low}, {parameter.high})" + LIMIT_HINT.get((name, value), "")
+            )
+        values.append(value)
+    return tuple(values)
+
+
 @dataclass(frozen=True)
 class Divergence:
     """A divergence with its parameters bound; pass it, or its name, as `divergence=`.
@@ -42,6 +68,8 @@ class Divergence:
     parameters: tuple[Parameter, ...]
     values: tuple[float, ...]
     centre_of: Callable[..., float]
+    outer: Callable[..., Any] | None = None
+    kind: str = "divergence"
 
     @property
     def centre(self) -> float:
@@ -53,20 +81,7 @@ class Divergence:
         return float(self.centre_of(*self.values))
 
     def __call__(self, **bound: float) -> Divergence:
-        known = [p.name for p in self.parameters]
-        for name in bound:
-            if name not in known:
-                raise TypeError(f"divergence {self.name!r} got {name!r}; it takes {known or 'no parameters'}")
-        values = []
-        for parameter, current in zip(self.parameters, self.values, strict=True):
-            value = float(bound.get(parameter.name, current))
-            if not parameter.low < value < parameter.high:
-                raise ValueError(
-                    f"divergence {self.name!r}: {parameter.name}={value} is outside the open interval "
-                    f"({parameter.low}, {parameter.high})" + LIMIT_HINT.get((self.name, value), "")
-                )
-            values.append(value)
-        return replace(self, values=tuple(values))
+        return replace(self, values=bind(self.name, self.parameters, self.values, bound))
 
     def __repr__(self) -> str:
         pairs = zip(self.parameters, self.values, strict=True)
@@ -80,14 +95,22 @@ LIMIT_HINT = {
     ("skew_reverse_kl", 1.0): "; at 1 it is reverse_kl",
     ("jsd", 0.0): "; at 0 it is 0 for every student; its scaled limit there is forward_kl",
     ("jsd", 1.0): "; at 1 it is 0 for every student; its scaled limit there is reverse_kl",
+    ("alpha_divergence", 0.0): "; at 0 it is reverse_kl",
+    ("alpha_divergence", 1.0): "; at 1 it is forward_kl",
+    ("renyi", 0.0): "; at 0 it is 0 for students that miss nothing",
+    ("renyi", 1.0): "; at 1 it is forward_kl",
 }
 
 
-def divergence(*parameters: Parameter, centre: float | Callable[..., float] = 0.0) -> Callable[..., Divergence]:
+def divergence(
+    *parameters: Parameter, centre: float | Callable[..., float] = 0.0, outer: Callable[..., Any] | None = None,
+    kind: str = "divergence",
+) -> Callable[..., Divergence]:  # fmt: skip
     """Enter the decorated formula into the table under its own name.
 
     `parameters` follow `lp, lq` in the formula's signature. `centre` is a number or a function of the parameters: minus
-    the slope at q = p = 1 (see `Divergence.centre`).
+    the slope at q = p = 1 (see `Divergence.centre`). `outer` takes the row's sum and the parameters, where both sides
+    are complete distributions (tail "bucket" or "renormalize").
     """
 
     def enter(formula: Callable[..., Any]) -> Divergence:
@@ -96,25 +119,41 @@ def divergence(*parameters: Parameter, centre: float | Callable[..., float] = 0.
         if arguments != expected:
             raise TypeError(f"formula {formula.__name__!r} has arguments {arguments}; the table line says {expected}")
         centre_of = centre if callable(centre) else lambda *_: centre
-        entry = Divergence(formula.__name__, formula, parameters, tuple(p.default for p in parameters), centre_of)
+        defaults = tuple(p.default for p in parameters)
+        entry = Divergence(formula.__name__, formula, parameters, defaults, centre_of, outer, kind)
         TABLE[entry.name] = entry
         return entry
 
     return enter
 
 
-def names() -> list[str]:
+def names(kind: str = "divergence") -> list[str]:
     """The names in the table, in order of definition."""
-    return list(TABLE)
+    return [name for name, entry in TABLE.items() if entry.kind == kind]
 
 
-def get(which: str | Divergence) -> Divergence:
-    """The divergence of that name (default parameters), or `which` itself."""
-    if isinstance(which, Divergence):
+def get(which: str | Divergence | RowLoss) -> Divergence | RowLoss:
+    """The divergence, estimator or row loss of that name (default parameters), or `which` itself."""
+    from potstill import row_losses
+
+    if isinstance(which, Divergence | row_losses.RowLoss):
         return which
-    if isinstance(which, str) and which in TABLE:
-        return TABLE[which]
-    raise ValueError(f"divergence={which!r} is not known; known are {', '.join(TABLE)}, or a Divergence object")
+    found = TABLE.get(which) if isinstance(which, str) else None
+    if found is not None and found.kind != "metric":
+        return found
+    if isinstance(which, str) and which in row_losses.TABLE:
+        return row_losses.TABLE[which]
+    known = ", ".join([*names(), *names("estimator"), *row_losses.TABLE])
+    raise ValueError(f"divergence={which!r} is not known; known are {known}, or one of these objects")
+
+
+def __getattr__(name: str) -> RowLoss:
+    """The row losses are found here too: `divergences.mse_logits`."""
+    from potstill import row_losses
+
+    if name in row_losses.TABLE:
+        return row_losses.TABLE[name]
+    raise AttributeError(f"module 'potstill.divergences' has no attribute {name!r}")
 
 
 def times(p, x):
@@ -195,3 +234,96 @@ def total_variation(lp, lq):
     p = exp(lp)
     q = exp(lq)
     return 0.5 * abs(p - q), 0.5 * where(q > p, q, where(p > q, -q, 0.0))
+
+
+ALPHA = Parameter("alpha", 0.5, 0.0, 1.0)
+
+
+def geometric_gap(lp, lq, alpha):
+    """(a p + (1-a) q - m, q - m) for m = p^a q^(1-a), a = alpha, from differences that do not cancel near p = q."""
+    p = exp(lp)
+    q = exp(lq)
+    d = lq - lp
+    share = where(d > 0, alpha + 0 * p, 1 - alpha)
+    e = expm1(-abs(d))
+    f = expm1(-share * abs(d))
+    larger = where(d > 0, q, p)
+    return times(larger, share * e - f), times(larger, where(d > 0, -f, e - f))
+
+
+@divergence(ALPHA)
+def alpha_divergence(lp, lq, alpha):
+    """(1 - sum p^a q^(1-a)) / (a (1-a)), a = alpha: reverse KL towards 0, 4 (1 - sum sqrt(pq)) at 1/2, KL towards 1."""
+    gap, excess = geometric_gap(lp, lq, alpha)
+    return gap / (alpha * (1 - alpha)), excess / alpha
+
+
+def renyi_outer(total, alpha):
+    """log(sum p^a q^(1-a)) / (a - 1) of the alpha-divergence, and its derivative."""
+    lost = alpha * (1 - alpha) * total
+    return log1p(-lost) / (alpha - 1), alpha / (1 - lost)
+
+
+@divergence(ALPHA, outer=renyi_outer)
+def renyi(lp, lq, alpha):
+    """Renyi divergence of order a = alpha: log(sum p^a q^(1-a)) / (a - 1)."""
+    gap, excess = geometric_gap(lp, lq, alpha)
+    return gap / (alpha * (1 - alpha)), excess / alpha
+
+
+@divergence(kind="estimator")
+def k1(lp, lq):
+    """log q - log p at tokens drawn from the student: its mean is KL(q || p), its gradient is not (mean zero)."""
+    d = lq - lp
+    return d, 1 + 0 * exp(lq)
+
+
+@divergence(kind="estimator")
+def k2(lp, lq):
+    """(log q - log p)^2 / 2 at tokens drawn from the student: its gradient's mean is that of KL(q || p)."""
+    d = lq - lp
+    return 0.5 * d * d, d
+
+
+@divergence(kind="estimator")
+def k3(lp, lq):
+    """p/q - 1 - log(p/q) at tokens drawn from the student: mean KL(q || p), never negative, low variance."""
+    d = lp - lq
+    return expm1(d) - d, -expm1(d)
+
+
+@divergence(kind="metric")
+def student_entropy(lp, lq):
+    """-sum q log q."""
+    q = exp(lq)
+    term = -times(q, lq)
+    return term, term - q
+
+
+@divergence(kind="metric")
+def teacher_entropy(lp, lq):
+    """-sum p log p."""
+    p = exp(lp)
+    return -times(p, lp), 0 * p
+
+
+@divergence(kind="metric")
+def acceptance(lp, lq):
+    """sum min(p, q): the probability that speculative decoding accepts the student's draft token."""
+    p = exp(lp)
+    q = exp(lq)
+    return where(q < p, q, p), where(q < p, q, 0.0)
+
+
+@divergence(kind="metric")
+def student_mass(lp, lq):
+    """sum q over the teacher's entries."""
+    q = exp(lq)
+    return q, q
+
+
+@divergence(kind="metric")
+def teacher_mass(lp, lq):
+    """sum p over the teacher's entries."""
+    p = exp(lp)
+    return p, 0 * p

@@ -6,7 +6,7 @@ writes the gradient by the student's raw logits. Raw logits `x` become logits `z
 
     dense_rows(student [R, Vs], teacher [R, Vt], coef [R], labels [R] | None, spec, grad [R, Vs] | None) -> [2, R]
     sparse_rows(student [R, Vs], ids [R, K], log_probs [R, K], log_rest [R] | None, coef [R], labels [R] | None, spec,
-                grad [R, Vs] | None) -> [2, R]
+                grad [R, Vs] | None, weights [R, K] | None = None) -> [2, R]
 
 Result row 0 is the divergence between softmax(z_teacher / T) and softmax(z_student / T), row 1 the cross-entropy of
 `labels` (int64, 0 when ce_weight is 0) at T = 1, both unweighted, in fp32 (fp64 when student is fp64). The gradient is
@@ -16,6 +16,9 @@ Sparse teachers come at the loss's temperature already; `ids` is -1 and `log_pro
     tail "bucket"       the K entries and one rest entry: log_rest against log(1 - sum of the student's K)
     tail "renormalize"  both sides over the K entries only, each summing to 1 (the student's sum over the support)
     tail "drop"         the K entries, teacher's true probabilities against the student's full distribution
+    tail "sampled"      as "drop", with `weights` on each entry's term and slope
+With slope_j and S = sum(slope) the gradient of the divergence is `(slope_j - q_j * S) / T`, times the derivative of the
+divergence's `outer` at the summed terms where it has one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from dataclasses import dataclass
 
 from potstill.divergences import Divergence
 
-TAILS = ("bucket", "renormalize", "drop")
+TAILS = ("bucket", "renormalize", "drop", "sampled")
+COMPLETE = ("bucket", "renormalize")  # both sides sum to 1
 
 
 @dataclass(frozen=True)
@@ -50,5 +54,5 @@ class RowSpec:
 
     @property
     def centre(self) -> float:
-        """The divergence's centre where both sides are complete distributions, else 0 (tail="drop")."""
-        return 0.0 if self.teacher is None and self.tail == "drop" else self.divergence.centre
+        """The divergence's centre where both sides are complete distributions, else 0."""
+        return 0.0 if self.teacher is None and self.tail not in COMPLETE else self.divergence.centre

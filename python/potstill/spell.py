@@ -21,8 +21,9 @@ BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.BitAnd: "
 COMPARE = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.NotEq: "!="}
 HEADER = """\
 // Made from python/potstill/divergences.py by `python -m potstill.spell`; do not edit.
-// The table comes first, X(name, parameters). The functions follow where POTSTILL_FN (function attributes) is defined;
-// they need two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp, expm1, log1p, where.
+// The tables come first, X(name, parameters): the divergences, then what else the CPU kernels serve. The functions
+// follow where POTSTILL_FN (function attributes) is defined; they need two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp,
+// expm1, log1p, where. `outer` maps the sum of a row's terms to (the divergence, its derivative), by the divergence's place in the table.
 """
 
 
@@ -99,15 +100,36 @@ def cpp_function(function: Callable[..., Any]) -> str:
     return f"template <class V>\nPOTSTILL_FN {result} {spelled.tree.name}({arguments}) {{\n{body}\n}}\n"
 
 
+def in_order() -> list[divergences.Divergence]:
+    """The table, divergences first: a compiled kernel is told a divergence by its place here."""
+    return sorted(divergences.TABLE.values(), key=lambda d: d.kind != "divergence")
+
+
+def outer_function() -> str:
+    """The C++ function that finds a divergence's outer function by its place in the table."""
+    cases = []
+    for place, entry in enumerate(in_order()):
+        if entry.outer:
+            values = "".join(f", lit<V>(params[{i}])" for i in range(len(entry.parameters)))
+            cases.append(f"  if (divergence == {place}) return {entry.outer.__name__}(total{values});\n")
+    head = "template <class V>\nPOTSTILL_FN two<V> outer(int divergence, V total, const double* params) {\n"
+    return head + "".join(cases) + "  return {total, lit<V>(1.0)};\n}\n"
+
+
 def cpp_source() -> str:
     """csrc/divergences.inc: the table as an X-macro X(name, parameters), then every helper and formula of it."""
     functions: list[Callable[..., Any]] = []
-    for entry in divergences.TABLE.values():
-        called: list[Callable[..., Any]] = [*helpers(entry.formula), entry.formula]
-        functions += [f for f in called if f not in functions]
-    lines = [f"  X({d.name}, {len(d.parameters)})" for d in divergences.TABLE.values()]
-    table = "#define POTSTILL_DIVERGENCES(X) \\\n" + " \\\n".join(lines) + "\n"
-    return "\n".join([HEADER, table, "#ifdef POTSTILL_FN\n", *map(cpp_function, functions), "#endif\n"])
+    for entry in in_order():
+        for top in (entry.formula, entry.outer):
+            called: list[Callable[..., Any]] = [*helpers(top), top] if top else []
+            functions += [f for f in called if f not in functions]
+    table = ""
+    for macro, kept in (("POTSTILL_DIVERGENCES", True), ("POTSTILL_OTHERS", False)):
+        lines = [f"  X({d.name}, {len(d.parameters)})" for d in in_order() if (d.kind == "divergence") == kept]
+        table += f"#define {macro}(X) \\\n" + " \\\n".join(lines) + "\n"
+    return "\n".join(
+        [HEADER, table, "#ifdef POTSTILL_FN\n", *map(cpp_function, functions), outer_function(), "#endif\n"]
+    )
 
 
 if __name__ == "__main__":

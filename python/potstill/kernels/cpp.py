@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from potstill.dispatch import Facts, register
-from potstill.rows import RowSpec, Side
+from potstill.rows import TAILS, RowSpec, Side
 
 try:
     from potstill import _cpp
@@ -15,7 +15,6 @@ except ImportError as error:  # a source tree that was not built
     MISSING = f"potstill._cpp is not built ({error}); install with `pip install .`"
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-TAILS = {"bucket": 0, "renormalize": 1, "drop": 2}
 COMPILED = _cpp.divergences() if _cpp else {}
 
 
@@ -87,15 +86,17 @@ def dense_rows(
 def sparse_rows(
     student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, coef: Tensor, labels: Tensor | None,
     spec: RowSpec, grad: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See rows.py. student [R, Vs], ids and log_probs [R, K], log_rest and coef [R], labels [R] -> [2, R]."""
+    """See rows.py. student [R, Vs], ids, log_probs and weights [R, K], log_rest and coef [R], labels [R] -> [2, R]."""
     x, c, lab, target, out = _prepare(student, coef, labels, grad)
     ids, log_probs = ids.long().contiguous(), log_probs.to(out.dtype).contiguous()
     rest = torch.empty(0) if log_rest is None else log_rest.to(out.dtype).contiguous()
+    w = torch.empty(0) if weights is None else weights.to(out.dtype).contiguous()
     _cpp.sparse_rows(
         len(x), x.shape[1], side_numbers(x, spec.student), ids.data_ptr(), log_probs.data_ptr(), _address(rest),
-        ids.shape[1], TAILS[spec.tail], c.data_ptr(), _address(lab), _objective(spec), _address(target),
-        target.stride(0), out.data_ptr(), torch.get_num_threads(),
+        _address(w), ids.shape[1], TAILS.index(spec.tail), c.data_ptr(), _address(lab), _objective(spec),
+        _address(target), target.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if grad is not None and target is not grad:
         grad.copy_(target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from potstill import divergences
 from potstill.dispatch import Facts, register
 from potstill.rows import TAILS, RowSpec, Side
 
@@ -30,6 +31,8 @@ def refuses(facts: Facts) -> str | None:
         return f"serves CUDA tensors, not {facts.device.type}"
     if facts.dtype not in DTYPES:
         return f"serves fp32, bf16 and fp16, not {facts.dtype}; torch serves fp64"
+    if facts.divergence in divergences.names("estimator") + divergences.names("metric"):
+        return f"{facts.divergence!r} is served by triton and torch"
     if facts.divergence is not None and facts.divergence not in COMPILED:
         remedy = "run `python -m potstill.spell > csrc/divergences.inc` and rebuild"
         return f"divergence {facts.divergence!r} is not compiled in; {remedy}"
@@ -96,18 +99,21 @@ def dense_rows(
 def sparse_rows(
     student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, coef: Tensor,
     labels: Tensor | None, spec: RowSpec, grad: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See rows.py. student [R, Vs], ids and log_probs [R, K], log_rest, coef, labels [R] -> [2, R] fp32."""
+    """See rows.py. student [R, Vs], ids, log_probs and weights [R, K], log_rest, coef, labels [R] -> [2, R] fp32."""
     x = _unit_columns(student)
     coef, labels = coef.float().contiguous(), None if labels is None else labels.long().contiguous()
     ids, log_probs = ids.long().contiguous(), log_probs.float().contiguous()
     log_rest = None if log_rest is None else log_rest.float().contiguous()
+    weights = None if weights is None else weights.float().contiguous()
     written, target = _gradient(grad)
     out = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _cuda.sparse_rows(
             len(x), x.shape[1], _side(x, spec.student), _address(ids), _address(log_probs),
-            _address(log_rest), ids.shape[1], TAILS.index(spec.tail), _address(coef), _address(labels),
+            _address(log_rest), _address(weights), ids.shape[1], TAILS.index(spec.tail), _address(coef),
+            _address(labels),
             _objective(spec), target, out.data_ptr(), stream_of(x),
         )  # fmt: skip
     if grad is not None and written is not None and written is not grad:

@@ -52,8 +52,9 @@ def dense_rows(
 def sparse_rows(
     student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, coef: Tensor,
     labels: Tensor | None, spec: RowSpec, grad: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See rows.py and triton_rows.py."""
     from potstill.kernels import triton_rows
 
-    return triton_rows.sparse_rows(student, ids, log_probs, log_rest, coef, labels, spec, grad)
+    return triton_rows.sparse_rows(student, ids, log_probs, log_rest, coef, labels, spec, grad, weights)

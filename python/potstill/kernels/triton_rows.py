@@ -68,7 +68,7 @@ def dense_kernel(
     student_stride, teacher_stride, grad_stride, columns, vocab,
     student_scale, student_cap, teacher_scale, teacher_cap,
     inv_t, distill_weight, ce_weight, centre, values,
-    FORMULA: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
+    FORMULA: tl.constexpr, OUTER: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     TEMPERED: tl.constexpr, CE: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
@@ -110,7 +110,11 @@ def dense_kernel(
         b_term += tl.where(inside, term + centre * (tl.exp(b_lq) - tl.exp(b_lp)), 0.0)
         b_sum += tl.where(inside, slope, 0.0)
     total = tl.sum(b_sum, 0)
-    tl.store(p_out + i_row, tl.sum(b_term, 0))
+    value = tl.sum(b_term, 0)
+    if OUTER is not None:
+        value, factor = OUTER(value, *values)
+        distill_weight *= factor
+    tl.store(p_out + i_row, value)
 
     cross_entropy = 0.0
     label = -1
@@ -141,10 +145,11 @@ def dense_kernel(
 @triton.jit
 def sparse_kernel(
     p_student, p_ids, p_sorted, p_log_probs, p_log_rest,  # [R, Vs], [R, K], [R, K] ascending, [R, K], [R]
+    p_weights,  # [R, K]
     p_coef, p_labels, p_out, p_grad,  # [R], [R], [2, R], [R, Vs]
     student_stride, grad_stride, columns, vocab, k, scale, softcap,
     inv_t, distill_weight, ce_weight, centre, values,
-    FORMULA: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, CE: tl.constexpr,
+    FORMULA: tl.constexpr, OUTER: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERED: tl.constexpr, CE: tl.constexpr,
     GRAD: tl.constexpr, TAIL: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
@@ -201,8 +206,16 @@ def sparse_kernel(
     else:
         counted = given
     term, slope = FORMULA(b_lp, b_lq, *values)
+    if TAIL == "sampled":
+        b_weight = tl.load(p_weights + i_row * k + o_k, mask=given, other=0.0).to(tl.float32)
+        term *= b_weight
+        slope *= b_weight
     b_q = tl.exp(b_lq)
-    tl.store(p_out + i_row, tl.sum(tl.where(counted, term + centre * (b_q - tl.exp(b_lp)), 0.0), 0))
+    value = tl.sum(tl.where(counted, term + centre * (b_q - tl.exp(b_lp)), 0.0), 0)
+    if OUTER is not None:
+        value, factor = OUTER(value, *values)
+        distill_weight *= factor
+    tl.store(p_out + i_row, value)
     b_slope = tl.where(counted, slope, 0.0)
     total = tl.sum(b_slope, 0)
     slope_rest = tl.sum(tl.where(o_k == k, b_slope, 0.0), 0)
@@ -267,7 +280,8 @@ def _common(spec: RowSpec) -> dict[str, object]:
     return {
         "inv_t": 1.0 / spec.temperature, "distill_weight": float(spec.distill_weight),
         "ce_weight": float(spec.ce_weight), "centre": float(spec.centre), "values": spec.divergence.values,
-        "FORMULA": device_function(spec.divergence.formula), "TEMPERED": spec.temperature != 1.0,
+        "FORMULA": device_function(spec.divergence.formula),
+        "OUTER": spec.divergence.outer and device_function(spec.divergence.outer), "TEMPERED": spec.temperature != 1.0,
         "CE": spec.ce_weight != 0,
     }  # fmt: skip
 
@@ -300,8 +314,9 @@ def dense_rows(
 def sparse_rows(
     student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, coef: Tensor,
     labels: Tensor | None, spec: RowSpec, grad: Tensor | None,
+    weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See rows.py. student [R, Vs], ids and log_probs [R, K], log_rest, coef, labels [R] -> [2, R] fp32."""
+    """See rows.py. student [R, Vs], ids, log_probs and weights [R, K], log_rest, coef, labels [R] -> [2, R] fp32."""
     assert spec.tail in TAILS
     rows, columns = student.shape
     out = torch.empty(2, rows, dtype=torch.float32, device=student.device)
@@ -314,7 +329,7 @@ def sparse_rows(
     in_order = ids.sort(dim=-1).values if spec.tail == "bucket" else ids
     with _on(student):
         sparse_kernel[(rows,)](
-            student, ids, in_order, log_probs.contiguous(), _adjacent(log_rest),
+            student, ids, in_order, log_probs.contiguous(), _adjacent(log_rest), _adjacent(weights),
             coef.float().contiguous(), _adjacent(labels), out, written,
             student.stride(0), written.stride(0), columns, spec.student.vocab_size, k,
             float(spec.student.scale), float(spec.student.softcap), **_common(spec),

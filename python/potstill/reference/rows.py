@@ -29,6 +29,15 @@ def apply_side(x: Tensor, side: Side) -> tuple[Tensor, Tensor | float]:
     return side.softcap * t, side.scale * (1 - t * t)
 
 
+def outer(total: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor | float]:
+    """(divergence [R], its derivative by the sum, [R, 1]) of the summed terms [R]."""
+    d = spec.divergence
+    if d.outer is None:
+        return total, 1.0
+    value, factor = d.outer(total, *d.values)
+    return value, factor[:, None]
+
+
 def _finish(
     out: Tensor, dz: Tensor, chain: Tensor | float, lq1: Tensor, coef: Tensor, labels: Tensor | None,
     spec: RowSpec, grad: Tensor | None,
@@ -64,8 +73,8 @@ def dense_rows(
     term, slope = spec.divergence.formula(lp, lq, *spec.divergence.values)
     q = lq.exp()
     out = torch.zeros(2, len(zs), dtype=zs.dtype, device=zs.device)
-    out[0] = (term + spec.centre * (q - lp.exp())).sum(-1)
-    dz = (slope - q * slope.sum(-1, keepdim=True)) / spec.temperature
+    out[0], factor = outer((term + spec.centre * (q - lp.exp())).sum(-1), spec)
+    dz = (slope - q * slope.sum(-1, keepdim=True)) * factor / spec.temperature
     lq1 = lq if spec.temperature == 1 else torch.log_softmax(zs, -1)
     return _finish(out, dz, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
 
@@ -73,9 +82,9 @@ def dense_rows(
 @register("sparse_rows", "torch", rank=0, refuses=serves_all)
 def sparse_rows(
     student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None, coef: Tensor, labels: Tensor | None,
-    spec: RowSpec, grad: Tensor | None,
+    spec: RowSpec, grad: Tensor | None, weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See rows.py. student [R, Vs], ids and log_probs [R, K], log_rest and coef [R], labels [R] -> [2, R]."""
+    """See rows.py. student [R, Vs], ids, log_probs and weights [R, K], log_rest and coef [R], labels [R] -> [2, R]."""
     zs, chain = apply_side(student, spec.student)
     given = ids >= 0
     columns = torch.where(given, ids, 0).long()
@@ -94,9 +103,12 @@ def sparse_rows(
         lq = torch.cat([lq, lq_rest], -1)
     term, slope = spec.divergence.formula(lp, lq, *spec.divergence.values)
     given = given if spec.tail != "bucket" else torch.cat([given, torch.ones_like(given[:, :1])], -1)
+    if spec.tail == "sampled":
+        assert weights is not None
+        term, slope = weights.to(zs.dtype) * term, weights.to(zs.dtype) * slope
     term, slope = torch.where(given, term, 0.0), torch.where(given, slope, 0.0)
     out = torch.zeros(2, len(zs), dtype=zs.dtype, device=zs.device)
-    out[0] = (term + spec.centre * (lq.exp() - lp.exp())).sum(-1)
+    out[0], factor = outer((term + spec.centre * (lq.exp() - lp.exp())).sum(-1), spec)
     total = slope.sum(-1, keepdim=True)
     if spec.tail == "renormalize":
         dz = torch.zeros_like(zs).scatter_add_(1, columns, (slope - lq.exp() * total).where(given, 0.0))
@@ -107,4 +119,4 @@ def sparse_rows(
             dz = dz + slope[:, -1:] * share
         dz = dz.scatter_add_(1, columns, slope[:, : ids.shape[1]])
     lq1 = lq_all if spec.temperature == 1 else torch.log_softmax(zs, -1)
-    return _finish(out, dz / spec.temperature, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
+    return _finish(out, dz * factor / spec.temperature, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
