@@ -129,10 +129,14 @@ class LogitsTeacher:
 class TopK:
     """The K most probable entries of each row of a teacher, and the truth about the rest.
 
-    ids: integers [..., K], in descending log-probability; -1 for a missing entry (a shorter row).
+    ids: integers [..., K], in descending log-probability (drawn ids: descending count); -1 for a missing entry.
     log_probs: [..., K] log-probabilities at T = 1 over the full vocabulary, in nats; -inf for a missing entry.
     log_rest: [...] log of the mass outside the K entries (-inf for none), or None when it was not recorded.
-    lse: [...] log-sum-exp of the logits, or None.  counts: [..., K] sample counts, or None.
+    lse: [...] log-sum-exp of the logits, or None.
+    counts: [..., K] how often each entry was drawn (0 for a missing one), or None where the ids were not drawn.
+    token_log_probs, token_ranks: [...] the realised token's log-probability and number of entries above it, or None.
+    log_rest_at: {T: [...]} log of the mass outside the K entries under softmax(logits / T), by temperature.
+    sample_temperature: where the ids were drawn, the T of the softmax(logits / T) that they were drawn from.
     """
 
     ids: Tensor
@@ -140,6 +144,10 @@ class TopK:
     log_rest: Tensor | None = None
     lse: Tensor | None = None
     counts: Tensor | None = None
+    token_log_probs: Tensor | None = None
+    token_ranks: Tensor | None = None
+    log_rest_at: dict[float, Tensor] = field(default_factory=dict)
+    sample_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.ids.is_floating_point() or self.ids.dtype == torch.bool or self.ids.dim() < 1:
@@ -148,12 +156,18 @@ class TopK:
             value = getattr(self, name)
             if value is not None and value.shape != self.ids.shape:
                 raise ValueError(f"TopK {name} has shape {list(value.shape)}; ids has {list(self.ids.shape)}")
-        for name in ("log_rest", "lse"):
-            value = getattr(self, name)
+        rows = {name: getattr(self, name) for name in ("log_rest", "lse", "token_log_probs", "token_ranks")}
+        rows.update({f"log_rest_at[{t}]": value for t, value in self.log_rest_at.items()})
+        for name, value in rows.items():
             if value is not None and value.shape != self.ids.shape[:-1]:
                 raise ValueError(f"TopK {name} has shape {list(value.shape)}; it must be {list(self.ids.shape[:-1])}")
         if not self.log_probs.is_floating_point():
             raise TypeError(f"TopK log_probs must be floating point, not {self.log_probs.dtype}")
+        for name, t in [("log_rest_at", t) for t in self.log_rest_at] + [
+            ("sample_temperature", self.sample_temperature)
+        ]:
+            if not (math.isfinite(t) and t > 0):
+                raise ValueError(f"TopK {name} names the temperature {t}; it must be positive and finite")
 
     @property
     def k(self) -> int:
@@ -161,7 +175,8 @@ class TopK:
         return self.ids.shape[-1]
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> TopK:
-        return replace(self, **{x.name: f(t) for x in fields(self) if (t := getattr(self, x.name)) is not None})
+        mapped: dict[str, Any] = {x.name: f(t) for x in fields(self) if isinstance(t := getattr(self, x.name), Tensor)}
+        return replace(self, **mapped, log_rest_at={t: f(value) for t, value in self.log_rest_at.items()})
 
     def to(self, device: Any, *, non_blocking: bool = False) -> TopK:
         """Every tensor moved to the device."""
