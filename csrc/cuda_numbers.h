@@ -32,6 +32,7 @@ POTSTILL_FN float where(bool c, float a, float b) { return c ? a : b; }
 POTSTILL_FN float abs(float x) { return fabsf(x); }
 POTSTILL_FN float expm1(float x) { return expm1f(x); }
 POTSTILL_FN float log1p(float x) { return log1pf(x); }
+POTSTILL_FN float log(float x) { return logf(x); }
 #ifdef __CUDACC__
 POTSTILL_FN float exp(float x) { return __expf(x); }  // 2 ulp near 0, |x| / 2 ulp elsewhere
 using bf16 = __nv_bfloat16;

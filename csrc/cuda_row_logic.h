@@ -165,7 +165,7 @@ POTSTILL_FN void dense_row(Block& block, const DenseRows& call, Dtype grad_dtype
   const Target target = target_of(call, row, sq);
   const float ce = cross_entropy(target, student);
   sums = block.reduce(sums, [](const Sums& a, const Sums& b) { return Add::added(a, b); });
-  const two<float> result = outer<float>(call.divergence, sums.term, call.params);
+  const two<float> result = outer<float>(call.divergence, sums.term, sums.slope, call.params);
   if (block.thread == 0) {
     static_cast<float*>(call.out)[row] = result.a;
     static_cast<float*>(call.out)[call.rows + row] = ce;
@@ -249,7 +249,7 @@ POTSTILL_FN void sparse_row(Block& block, const SparseRows& call, Dtype grad_dty
   const Target target = target_of(call, row, all);
   const float ce = cross_entropy(target, student);
   sums = block.reduce(sums, [](const Sums& a, const Sums& b) { return Add::added(a, b); });
-  const two<float> result = outer<float>(call.divergence, sums.term, call.params);
+  const two<float> result = outer<float>(call.divergence, sums.term, sums.slope, call.params);
   if (block.thread == 0) {
     static_cast<float*>(call.out)[row] = result.a;
     static_cast<float*>(call.out)[call.rows + row] = ce;

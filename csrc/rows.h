@@ -201,7 +201,7 @@ void dense_row(const DenseRows& call, int64_t row) {
     to_log_probs(lp, n, s.inv_t, lse_teacher);
     block(lp, z, n, call.params, call.centre, slopes ? slopes + j : nullptr, sums);
   }
-  const two<double> result = outer<double>(call.divergence, sums.term, call.params);
+  const two<double> result = outer<double>(call.divergence, sums.term, sums.slope, call.params);
   s.finish(row, result.a, target);
   if (!s.grad) return;
   const V total = lit<V>(sums.slope), weight = lit<V>(call.distill_weight * s.inv_t * result.b), f = lit<V>(s.inv_t), l = lit<V>(lse);
@@ -295,7 +295,7 @@ void sparse_row(const SparseRows& call, int64_t row) {
     e.lq.push_back(static_cast<C>(lse_out - lse));
   }
   const BlockSums<C> sums = e.sums(call);
-  const two<double> result = outer<double>(call.divergence, sums.term, call.params);
+  const two<double> result = outer<double>(call.divergence, sums.term, sums.slope, call.params);
   s.finish(row, result.a, target);
   if (!s.grad) return;
   // outside the K: z_j moves the rest entry by its share of it, and every entry through the normaliser

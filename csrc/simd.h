@@ -138,6 +138,7 @@ POTSTILL_FN vf log1p(vf x) {
   return where(u > 0.0f, where(x == kInf, x, y), edge);
 }
 POTSTILL_FN double log1p(double x) { return std::log1p(x); }
+POTSTILL_FN double log(double x) { return std::log(x); }
 
 POTSTILL_FN vf tanh(vf x) {
   const vf e = expm1(-2.0f * abs(x));

@@ -51,7 +51,8 @@ class Case:
 def plain_rows(zs, zt, d, temperature=1.0):
     """Row divergences by autograd-able torch."""
     lq, lp = (zs / temperature).log_softmax(-1), (zt / temperature).log_softmax(-1)
-    return d.formula(lp, lq, *d.values)[0].sum(-1)
+    total = d.formula(lp, lq, *d.values)[0].sum(-1)
+    return d.outer(total, d.formula(lp, lq, *d.values)[1].sum(-1), *d.values)[0] if d.outer else total
 
 
 def plain_loss(

@@ -6,7 +6,8 @@ A formula takes the teacher's and the student's log-probability of one vocabular
 all that the kernels know. The same source runs in torch, as a Triton device function and, spelled, as C++
 (see spell.py), so a formula uses only arithmetic, comparisons, `exp`, `expm1`, `log1p`, `abs`, `where` and helpers
 written in the same way. Formulas stay in log space, and an entry of probability 0 gives what the limit gives.
-A divergence that is a function of such a sum adds `outer(total, *parameters) -> (value, derivative)`.
+A divergence that is a function of such a sum adds `outer(total, slope, *parameters) -> (value,
+its derivative by total)` of the two sums; it may use `log` too.
 
 Three kinds share the table: divergences; estimators, whose sum runs over sampled tokens (tail="sampled"); and the
 metrics that `return_metrics` names.
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import abs, exp, expm1, log1p, where
+from torch import abs, exp, expm1, log, log1p, where
 
 if TYPE_CHECKING:
     from potstill.row_losses import RowLoss
@@ -109,8 +110,8 @@ def divergence(
     """Enter the decorated formula into the table under its own name.
 
     `parameters` follow `lp, lq` in the formula's signature. `centre` is a number or a function of the parameters: minus
-    the slope at q = p = 1 (see `Divergence.centre`). `outer` takes the row's sum and the parameters, where both sides
-    are complete distributions (tail "bucket" or "renormalize").
+    the slope at q = p = 1 (see `Divergence.centre`). `outer` takes the row's two sums and the parameters, where both
+    sides are complete distributions (tail "bucket" or "renormalize").
     """
 
     def enter(formula: Callable[..., Any]) -> Divergence:
@@ -240,35 +241,32 @@ ALPHA = Parameter("alpha", 0.5, 0.0, 1.0)
 
 
 def geometric_gap(lp, lq, alpha):
-    """(a p + (1-a) q - m, q - m) for m = p^a q^(1-a), a = alpha, from differences that do not cancel near p = q."""
-    p = exp(lp)
-    q = exp(lq)
+    """a p + (1-a) q - p^a q^(1-a), a = alpha, from differences that do not cancel near p = q."""
     d = lq - lp
-    share = where(d > 0, alpha + 0 * p, 1 - alpha)
-    e = expm1(-abs(d))
-    f = expm1(-share * abs(d))
-    larger = where(d > 0, q, p)
-    return times(larger, share * e - f), times(larger, where(d > 0, -f, e - f))
+    larger = where(d > 0, exp(lq), exp(lp))
+    share = where(d > 0, alpha + 0 * larger, 1 - alpha)
+    return times(larger, share * expm1(-abs(d)) - expm1(-share * abs(d)))
 
 
-@divergence(ALPHA)
+@divergence(ALPHA, centre=lambda alpha: 1.0 / alpha)
 def alpha_divergence(lp, lq, alpha):
     """(1 - sum p^a q^(1-a)) / (a (1-a)), a = alpha: reverse KL towards 0, 4 (1 - sum sqrt(pq)) at 1/2, KL towards 1."""
-    gap, excess = geometric_gap(lp, lq, alpha)
-    return gap / (alpha * (1 - alpha)), excess / alpha
+    term = geometric_gap(lp, lq, alpha) / (alpha * (1 - alpha)) - (exp(lq) - exp(lp)) / alpha
+    return term, -exp(alpha * lp + (1 - alpha) * lq) / alpha
 
 
-def renyi_outer(total, alpha):
-    """log(sum p^a q^(1-a)) / (a - 1) of the alpha-divergence, and its derivative."""
+def renyi_outer(total, slope, alpha):
+    """Of the alpha-divergence's sums, log(m) / (a - 1) for m = sum p^a q^(1-a), and its derivative by the first."""
     lost = alpha * (1 - alpha) * total
-    return log1p(-lost) / (alpha - 1), alpha / (1 - lost)
+    m = where(lost < 0.5, 1 - lost, -alpha * slope)
+    return where(lost < 0.5, log1p(-lost), log(m)) / (alpha - 1), where(m > 0, alpha / m, 0.0)
 
 
-@divergence(ALPHA, outer=renyi_outer)
+@divergence(ALPHA, centre=lambda alpha: 1.0 / alpha, outer=renyi_outer)
 def renyi(lp, lq, alpha):
-    """Renyi divergence of order a = alpha: log(sum p^a q^(1-a)) / (a - 1)."""
-    gap, excess = geometric_gap(lp, lq, alpha)
-    return gap / (alpha * (1 - alpha)), excess / alpha
+    """Renyi divergence log(sum p^a q^(1-a)) / (a - 1), a = alpha; in fp32 +inf without gradient past 87 / (1-a)."""
+    term = geometric_gap(lp, lq, alpha) / (alpha * (1 - alpha)) - (exp(lq) - exp(lp)) / alpha
+    return term, -exp(alpha * lp + (1 - alpha) * lq) / alpha
 
 
 @divergence(kind="estimator")

@@ -16,14 +16,15 @@ from typing import Any
 
 from potstill import divergences
 
-PRIMITIVES = ("abs", "exp", "expm1", "log1p", "where")
+PRIMITIVES = ("abs", "exp", "expm1", "log", "log1p", "where")
 BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.BitAnd: "&", ast.BitOr: "|"}
 COMPARE = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.NotEq: "!="}
 HEADER = """\
 // Made from python/potstill/divergences.py by `python -m potstill.spell`; do not edit.
 // The tables come first, X(name, parameters): the divergences, then what else the CPU kernels serve. The functions
-// follow where POTSTILL_FN (function attributes) is defined; they need two<V> {V a; V b;}, lit<V>(double), and for V: abs, exp,
-// expm1, log1p, where. `outer` maps the sum of a row's terms to (the divergence, its derivative), by the divergence's place in the table.
+// follow where POTSTILL_FN (function attributes) is defined; they need two<V> {V a; V b;}, lit<V>(double), and for V:
+// abs, exp, expm1, log1p, where. `outer` maps a row's sums to (the divergence, its derivative by the terms' sum), by
+// the divergence's place in the table; it needs `log` too.
 """
 
 
@@ -111,8 +112,8 @@ def outer_function() -> str:
     for place, entry in enumerate(in_order()):
         if entry.outer:
             values = "".join(f", lit<V>(params[{i}])" for i in range(len(entry.parameters)))
-            cases.append(f"  if (divergence == {place}) return {entry.outer.__name__}(total{values});\n")
-    head = "template <class V>\nPOTSTILL_FN two<V> outer(int divergence, V total, const double* params) {\n"
+            cases.append(f"  if (divergence == {place}) return {entry.outer.__name__}(total, slope{values});\n")
+    head = "template <class V>\nPOTSTILL_FN two<V> outer(int divergence, V total, V slope, const double* params) {\n"
     return head + "".join(cases) + "  return {total, lit<V>(1.0)};\n}\n"
 
 

@@ -24,6 +24,11 @@ def exp(x):
 
 
 @triton.jit
+def log(x):
+    return tl.log(x)
+
+
+@triton.jit
 def abs(x):
     return tl.abs(x)
 
@@ -61,7 +66,7 @@ def tanh(x):
 
 # what a formula's globals may hold, by the object they hold -> what Triton sees in its place
 PRIMITIVES: dict[Any, Any] = {
-    torch.exp: exp, torch.expm1: expm1, torch.log1p: log1p, torch.abs: abs, builtins.abs: abs,
+    torch.exp: exp, torch.log: log, torch.expm1: expm1, torch.log1p: log1p, torch.abs: abs, builtins.abs: abs,
     torch.where: where,
 }  # fmt: skip
 INTERPRETED = not isinstance(exp, triton.JITFunction)

@@ -112,7 +112,7 @@ def dense_kernel(
     total = tl.sum(b_sum, 0)
     value = tl.sum(b_term, 0)
     if OUTER is not None:
-        value, factor = OUTER(value, *values)
+        value, factor = OUTER(value, total, *values)
         distill_weight *= factor
     tl.store(p_out + i_row, value)
 
@@ -211,13 +211,13 @@ def sparse_kernel(
         term *= b_weight
         slope *= b_weight
     b_q = tl.exp(b_lq)
-    value = tl.sum(tl.where(counted, term + centre * (b_q - tl.exp(b_lp)), 0.0), 0)
-    if OUTER is not None:
-        value, factor = OUTER(value, *values)
-        distill_weight *= factor
-    tl.store(p_out + i_row, value)
     b_slope = tl.where(counted, slope, 0.0)
     total = tl.sum(b_slope, 0)
+    value = tl.sum(tl.where(counted, term + centre * (b_q - tl.exp(b_lp)), 0.0), 0)
+    if OUTER is not None:
+        value, factor = OUTER(value, total, *values)
+        distill_weight *= factor
+    tl.store(p_out + i_row, value)
     slope_rest = tl.sum(tl.where(o_k == k, b_slope, 0.0), 0)
 
     cross_entropy = 0.0

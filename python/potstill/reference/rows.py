@@ -29,12 +29,12 @@ def apply_side(x: Tensor, side: Side) -> tuple[Tensor, Tensor | float]:
     return side.softcap * t, side.scale * (1 - t * t)
 
 
-def outer(total: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor | float]:
-    """(divergence [R], its derivative by the sum, [R, 1]) of the summed terms [R]."""
+def outer(total: Tensor, slope: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor | float]:
+    """(divergence [R], its derivative by the terms' sum, [R, 1]) of the sums of terms [R] and slopes [R, 1]."""
     d = spec.divergence
     if d.outer is None:
         return total, 1.0
-    value, factor = d.outer(total, *d.values)
+    value, factor = d.outer(total, slope[:, 0], *d.values)
     return value, factor[:, None]
 
 
@@ -73,8 +73,9 @@ def dense_rows(
     term, slope = spec.divergence.formula(lp, lq, *spec.divergence.values)
     q = lq.exp()
     out = torch.zeros(2, len(zs), dtype=zs.dtype, device=zs.device)
-    out[0], factor = outer((term + spec.centre * (q - lp.exp())).sum(-1), spec)
-    dz = (slope - q * slope.sum(-1, keepdim=True)) * factor / spec.temperature
+    total = slope.sum(-1, keepdim=True)
+    out[0], factor = outer((term + spec.centre * (q - lp.exp())).sum(-1), total, spec)
+    dz = (slope - q * total) * factor / spec.temperature
     lq1 = lq if spec.temperature == 1 else torch.log_softmax(zs, -1)
     return _finish(out, dz, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
 
@@ -108,8 +109,8 @@ def sparse_rows(
         term, slope = weights.to(zs.dtype) * term, weights.to(zs.dtype) * slope
     term, slope = torch.where(given, term, 0.0), torch.where(given, slope, 0.0)
     out = torch.zeros(2, len(zs), dtype=zs.dtype, device=zs.device)
-    out[0], factor = outer((term + spec.centre * (lq.exp() - lp.exp())).sum(-1), spec)
     total = slope.sum(-1, keepdim=True)
+    out[0], factor = outer((term + spec.centre * (lq.exp() - lp.exp())).sum(-1), total, spec)
     if spec.tail == "renormalize":
         dz = torch.zeros_like(zs).scatter_add_(1, columns, (slope - lq.exp() * total).where(given, 0.0))
     else:
