@@ -532,3 +532,26 @@ def test_bad_teachers_are_named():
         ps.Head(torch.zeros(3, 4), softcap=-1.0)
     with pytest.raises(ValueError, match=r"vocab_size=9.*1..3"):
         ps.Head(torch.zeros(3, 4), vocab_size=9)
+
+
+def test_sequence_mean_weighs_sequences_alike():
+    """The mean within each sequence, then over the sequences that have a row; num_items counts sequences."""
+    c = Case()
+    labels = c.labels.clone()
+    labels[1] = -100
+    rows = plain_rows(c.logits(), c.teacher_logits, divergences.get("forward_kl"))
+    w = (labels != -100) * c.token_weights
+    means = [(w[i] * rows[i]).sum() / w[i].sum() for i in (0, 2)]
+    words = dict(labels=labels, token_weights=c.token_weights, reduction="sequence_mean")
+    for low_memory in (False, True):
+        got = ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), low_memory=low_memory, **words)
+        torch.testing.assert_close(got, sum(means) / 2)
+        for a, b in zip(c.grads(got), c.grads(sum(means) / 2), strict=True):
+            torch.testing.assert_close(a, b)
+    over = ps.linear_distill_loss(c.hidden, c.head, c.teacher("logits"), num_items=8, **words)
+    torch.testing.assert_close(over, sum(means) / 8)
+    with pytest.raises(ValueError, match=r"sequence_mean.*\[15\]"):
+        ps.linear_distill_loss(
+            c.hidden.reshape(15, -1), c.head, ps.LogitsTeacher(c.teacher_logits.reshape(15, -1)),
+            reduction="sequence_mean",
+        )  # fmt: skip

@@ -5,38 +5,47 @@ from __future__ import annotations
 import potstill as ps
 import pytest
 import torch
+from potstill.arguments import Call
 from potstill.ops import losses as ops
+from potstill.rows import Side
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 V, D = 33, 8
 
 
+TEACHERS = {
+    "hidden": lambda h, z, b: ps.HiddenTeacher(h, ps.Head(torch.randn(V, 4))),
+    "logits": lambda h, z, b: ps.LogitsTeacher(z),
+    "row_loss": lambda h, z, b: ps.LogitsTeacher(z),
+    "topk": lambda h, z, b: ps.topk(z, 5),
+    "mix": lambda h, z, b: ps.Mix([(torch.tensor(0.3), ps.Student()), (0.7, ps.LogitsTeacher(z))]),
+    "masked": lambda h, z, b: ps.Masked(ps.LogitsTeacher(z), b[0] / 2, 0.5 + b[1] / 2, softness=0.1),
+}
+DIVERGENCES = {"row_loss": "adaptive_kl"}
+
+
 def call_arguments(form: str, want: bool) -> tuple:
-    """(student, teacher, coef, labels, spec) arguments of the linear ops."""
+    """(student, what follows it, whether the bounds take a gradient) of the linear ops."""
     hidden, weight = torch.randn(6, D, requires_grad=want), torch.randn(V, D, requires_grad=want)
-    teacher: list = [None] * ops.N_TEACHER
-    if form == "hidden":
-        teacher[:2] = torch.randn(6, 4), torch.randn(V, 4)
-    elif form == "logits":
-        teacher[3] = torch.randn(6, V)
-    else:
-        top = ps.topk(torch.randn(6, V), 5)
-        teacher[4:] = top.ids.long(), top.log_probs, top.log_rest
-    side = [float(V), 1.0, 0.0]
-    spec = ("jsd", [0.5], side, [] if form == "topk" else side, "bucket", 1.0, 0.7, 0.3, 4, False, "auto")
-    labels = torch.randint(0, V, (6,))
-    return (hidden, weight, None), teacher, torch.ones(6), labels, spec
+    t = TEACHERS[form](torch.randn(6, 4), torch.randn(6, V), torch.rand(2, requires_grad=want))
+    call = Call(
+        hidden.shape[:1], hidden, Side(V), t, torch.randint(0, V, (6,)), divergence=DIVERGENCES.get(form, "jsd"),
+        temperature=1.0, teacher_temperature=None, tail="bucket", scale_by_t2=False, distill_weight=0.7, ce_weight=0.3,
+        token_weights=None, ignore_index=-100, reduction="sum", num_items=None, return_metrics=("acceptance",),
+        backend="auto", chunk_rows=4, precise=False,
+    )  # fmt: skip
+    return (hidden, weight, None), call.arguments(torch.ones(6)), call.bounds is not None and want
 
 
-@pytest.mark.parametrize("form", ["hidden", "logits", "topk"])
+@pytest.mark.parametrize("form", ["hidden", "logits", "topk", "mix", "masked", "row_loss"])
 def test_opcheck(form):
-    student, teacher, coef, labels, spec = call_arguments(form, True)
+    student, task, bounds = call_arguments(form, True)
     potstill = torch.ops.potstill
-    opcheck(potstill.linear_distill.default, (*student, *teacher, coef, labels, *spec, True, True, False))
-    opcheck(potstill.linear_distill_rows.default, (*student, *teacher, coef, labels, *spec, True, True, False))
+    opcheck(potstill.linear_distill.default, (*student, *task, True, True, False, bounds))
+    opcheck(potstill.linear_distill_rows.default, (*student, *task, True, True, False, bounds))
     logits = torch.randn(6, V, requires_grad=True)
-    opcheck(potstill.distill_rows.default, (logits, *teacher, coef, labels, *spec))
+    opcheck(potstill.distill_rows.default, (logits, *task, bounds))
     opcheck(potstill.topk.default, (torch.randn(6, V), 3, [float(V), 1.0, 0.0], "auto"))
     opcheck(
         potstill.linear_topk.default,

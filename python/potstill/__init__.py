@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from potstill import cache, capture, divergences, integrations
     from potstill.extraction import linear_topk, topk
     from potstill.losses import DistillLoss, LinearDistillLoss, distill_loss, linear_distill_loss
+    from potstill.mixtures import Masked, Mix, OneHot, Student, Uniform
     from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, TopK
 
 _NAMES = {
@@ -25,14 +26,20 @@ _NAMES = {
     "HiddenTeacher": "teachers",
     "LogitsTeacher": "teachers",
     "TopK": "teachers",
+    "Masked": "mixtures",
+    "Mix": "mixtures",
+    "OneHot": "mixtures",
+    "Student": "mixtures",
+    "Uniform": "mixtures",
     "linear_topk": "extraction",
     "topk": "extraction",
 }
 _MODULES = ("cache", "capture", "divergences", "integrations")
 
 __all__ = [
-    "DistillLoss", "Head", "HiddenTeacher", "LinearDistillLoss", "LogitsTeacher", "TopK", "cache", "capture",
-    "distill_loss", "divergences", "integrations", "linear_distill_loss", "linear_topk", "topk",
+    "DistillLoss", "Head", "HiddenTeacher", "LinearDistillLoss", "LogitsTeacher", "Masked", "Mix", "OneHot", "Student",
+    "TopK", "Uniform", "cache", "capture", "distill_loss", "divergences", "integrations",
+    "linear_distill_loss", "linear_topk", "topk",
 ]  # fmt: skip
 
 

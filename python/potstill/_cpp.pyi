@@ -12,8 +12,8 @@ def dense_rows(
     grad: int, grad_stride: int, out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def sparse_rows(
-    rows: int, columns: int, student: _Side, ids: int, log_probs: int, log_rest: int, k: int, tail: int, coef: int,
-    labels: int, objective: _Objective, grad: int, grad_stride: int, out: int, threads: int, /,
+    rows: int, columns: int, student: _Side, ids: int, log_probs: int, log_rest: int, weights: int, k: int, tail: int,
+    coef: int, labels: int, objective: _Objective, grad: int, grad_stride: int, out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def topk(
     rows: int, logits: _Side, k: int, ids: int, log_probs: int, log_rest: int, lse: int, threads: int, /

@@ -13,8 +13,8 @@ def dense_rows(
     grad: _Grad, out: int, stream: int, /,
 ) -> None: ...  # fmt: skip
 def sparse_rows(
-    rows: int, columns: int, student: _Side, ids: int, log_probs: int, log_rest: int, k: int, tail: int, coef: int,
-    labels: int, objective: _Objective, grad: _Grad, out: int, stream: int, /,
+    rows: int, columns: int, student: _Side, ids: int, log_probs: int, log_rest: int, weights: int, k: int, tail: int,
+    coef: int, labels: int, objective: _Objective, grad: _Grad, out: int, stream: int, /,
 ) -> None: ...  # fmt: skip
 def divergences() -> dict[str, int]:
     """Compiled divergences and the number of their parameters."""

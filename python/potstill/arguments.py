@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill import divergences
+from potstill import divergences, metrics
 from potstill.divergences import Divergence
+from potstill.encoding import check_objective, encode
+from potstill.mixtures import Teacher
+from potstill.row_losses import RowLoss
 from potstill.rows import TAILS, Side
-from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, Teacher, TopK, describe
+from potstill.teachers import Head, TopK, describe
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sequence_mean", "sum", "none")
 
 
 class Call:
     """One call's teacher, labels and weights, checked and flattened to rows."""
 
-    def __init__(self, lead: torch.Size, x: Tensor, side: Side, teacher: Teacher, labels: Tensor | None,
-                 divergence: str | Divergence, temperature: float, tail: str):  # fmt: skip
-        self.lead, self.device, self.side, self.teacher, self.labels = lead, x.device, side, teacher, labels
+    def __init__(
+        self, lead: torch.Size, x: Tensor, side: Side, teacher: Teacher | None, labels: Tensor | None, *,
+        divergence: str | Divergence | RowLoss, temperature: float, teacher_temperature: float | None, tail: str,
+        scale_by_t2: bool, distill_weight: float, ce_weight: float, token_weights: Tensor | None, ignore_index: int,
+        reduction: str, num_items: int | Tensor | None, return_metrics: bool | Sequence[str], backend: str,
+        chunk_rows: int | None, precise: bool,
+    ):  # fmt: skip
+        self.lead, self.device, self.side, self.labels = lead, x.device, side, labels
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.divergence = divergences.get(divergence)
         self.temperature, self.tail = check_temperature(temperature), tail
+        self.teacher_temperature = self.temperature
+        if teacher_temperature is not None:
+            self.teacher_temperature = check_temperature(teacher_temperature, "teacher_temperature")
         check_choice("tail", tail, TAILS)
-        if not isinstance(teacher, HiddenTeacher | LogitsTeacher | TopK):
-            raise TypeError(
-                f"teacher must be a HiddenTeacher, LogitsTeacher or TopK, not {describe(teacher)}"
-                + ("; wrap logits as LogitsTeacher(logits)" if isinstance(teacher, Tensor) else "")
-            )
+        t2 = self.temperature**2 if scale_by_t2 else 1.0
+        self.distill_weight, self.ce_weight = (
+            finite("distill_weight", distill_weight) * t2,
+            finite("ce_weight", ce_weight),
+        )
+        self._check_teacher(teacher, backend)
+        self.metrics = metric_names(return_metrics, teacher)
+        self.with_metrics = return_metrics is not False
+        self.teacher, self.numbers, self.plan, self.bounds = encode(self, teacher, self.metrics)
         if labels is not None:
-            self._check_rows("labels", labels)
+            self.check_rows("labels", labels)
             if labels.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"labels must be int64 or int32, not {labels.dtype}")
+        self.reduction = reduction
+        self.coef = self._coefficients(token_weights, ignore_index, num_items)
+        self.labels_flat = self._labels(ignore_index)
+        self.how = (rows_or_budget(chunk_rows), precise, backend)
 
-    def _check_rows(self, name: str, value: Tensor, trailing: int = 0) -> None:
+    def _check_teacher(self, teacher: Teacher | None, backend: str) -> None:
+        if teacher is None:
+            if self.distill_weight:
+                raise ValueError("teacher is None; give one, or distill_weight=0.0 for the cross-entropy alone")
+            self.tail = "drop"  # a sparse teacher without entries
+        elif not isinstance(teacher, Teacher):
+            raise TypeError(
+                "teacher must be a HiddenTeacher, LogitsTeacher, TopK, Mix or Masked, "
+                f"not {describe(teacher)}"
+                + ("; wrap logits as LogitsTeacher(logits)" if isinstance(teacher, Tensor) else "")
+            )
+        else:
+            check_objective(self, teacher, backend)
+
+    def check_rows(self, name: str, value: Tensor, trailing: int = 0) -> None:
+        """Raise unless value's shape, less `trailing` dimensions, and device are those of the student's rows."""
         lead = value.shape[: value.dim() - trailing]
         if lead != self.lead:
             raise ValueError(
@@ -46,110 +81,82 @@ class Call:
         if value.device != self.device:
             raise ValueError(f"{name} is on {value.device}; the student is on {self.device}: move it with .to()")
 
-    def weights(self, token_weights: Tensor | None, ignore_index: int, reduction: str,
-                num_items: int | Tensor | None, return_metrics: bool) -> tuple[Tensor, Any]:  # fmt: skip
-        """coef [N]: what each row's loss is multiplied by; and a function that reduces rows and metrics."""
-        check_choice("reduction", reduction, REDUCTIONS)
-        rows = math.prod(self.lead)
-        weights = torch.ones(rows, dtype=self.wide, device=self.device)
+    def _coefficients(self, token_weights: Tensor | None, ignore_index: int, num_items: int | Tensor | None) -> Tensor:
+        """[N]: what each row's loss is multiplied by."""
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        if self.reduction == "sequence_mean" and len(self.lead) < 2:
+            raise ValueError(
+                f"reduction='sequence_mean' needs rows [..., sequence, position]; they have shape {list(self.lead)}"
+            )
+        means = self.reduction in ("mean", "sequence_mean")
+        if num_items is not None and not means:
+            raise ValueError(f"num_items is the denominator of a mean; reduction={self.reduction!r} has none")
+        weights = torch.ones(self.lead, dtype=self.wide, device=self.device)
         if token_weights is not None:
-            self._check_rows("token_weights", token_weights)
-            weights = token_weights.reshape(-1).to(self.wide)
+            self.check_rows("token_weights", token_weights)
+            weights = token_weights.to(self.wide)
         if self.labels is not None:
-            weights = torch.where(self.labels.reshape(-1) != ignore_index, weights, 0.0)
-        if num_items is not None and reduction != "mean":
-            raise ValueError(f"num_items is the denominator of reduction='mean'; reduction={reduction!r} has none")
-        coef = weights
-        if reduction == "mean" and num_items is None:
+            weights = torch.where(self.labels != ignore_index, weights, 0.0)
+        if self.reduction == "sequence_mean":  # each sequence's rows sum to 1; then the mean over those that have any
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / torch.where(total == 0, 1.0, total)
+            count = (total != 0).sum().clamp(min=1) if num_items is None else num_items
+        elif means:
             total = weights.sum()
-            coef = weights / torch.where(total == 0, 1.0, total)
-        elif reduction == "mean":
-            count = torch.as_tensor(num_items, dtype=self.wide, device=self.device)
-            coef = weights / count.clamp(min=1.0)
+            count = torch.where(total == 0, 1.0, total) if num_items is None else num_items
+        if not means:
+            return weights.reshape(-1)
+        count = torch.as_tensor(count, dtype=self.wide, device=self.device)
+        return (weights / (count if num_items is None else count.clamp(min=1.0))).reshape(-1)
 
-        def finish(loss: Tensor, parts: Tensor) -> Any:
-            if loss.dim():  # row losses
-                loss = torch.where(coef != 0, coef * loss, 0.0)
-                loss = loss.reshape(self.lead) if reduction == "none" else loss.sum()
-            if not return_metrics:
-                return loss
-            parts = torch.where(coef != 0, coef.detach() * parts, 0.0)
-            parts = parts.reshape(2, *self.lead) if reduction == "none" else parts.sum(-1)
-            return loss, {"distill": parts[0], "ce": parts[1]}
-
-        return coef, finish
-
-    @staticmethod
-    def live(coef: Tensor) -> Tensor:
+    def live(self) -> Tensor:
         """1 for rows that count, 0 for the others: [N], no gradient."""
-        return (coef.detach() != 0).to(coef.dtype)
+        return (self.coef.detach() != 0).to(self.coef.dtype)
 
-    def labels_for(self, ce_weight: float, ignore_index: int) -> Tensor | None:
+    def _labels(self, ignore_index: int) -> Tensor | None:
         """Labels [N] int64 for the cross-entropy, or None when it is not asked for."""
-        if not ce_weight:
+        if not self.ce_weight:
             return None
         if self.labels is None:
-            raise ValueError(f"ce_weight={ce_weight} needs labels")
+            raise ValueError(f"ce_weight={self.ce_weight} needs labels")
         flat = self.labels.reshape(-1).long()
         check_ids("labels", flat, self.side.vocab_size, ignore_index)
         return flat
 
-    def settings(self) -> tuple[Any, ...]:
-        """The op's arguments from `divergence` to `tail`."""
-        s, t = self.side, None
-        if isinstance(self.teacher, HiddenTeacher):
-            t = self.teacher.head.side
-        elif isinstance(self.teacher, LogitsTeacher):
-            t = self.teacher.side
-        if t is not None and t.vocab_size != s.vocab_size:
-            raise ValueError(
-                f"the teacher's vocabulary has {t.vocab_size} entries and the student's {s.vocab_size}; where one "
-                "is padded, give the true size to both: Head(..., vocab_size=n), LogitsTeacher(..., vocab_size=n)"
-            )
-        sides = [[float(x.vocab_size), x.scale, x.softcap] if x else [] for x in (s, t)]
-        return self.divergence.name, list(self.divergence.values), *sides, self.tail
+    def arguments(self, coef: Tensor) -> tuple[Any, ...]:
+        """The op's arguments between the student's and what it wants."""
+        d = self.divergence
+        return (
+            self.teacher, self.numbers, self.plan, self.bounds, coef, self.labels_flat, d.name, list(d.values),
+            [float(self.side.vocab_size), self.side.scale, self.side.softcap], self.tail, self.temperature,
+            self.distill_weight, self.ce_weight, ",".join(self.metrics), *self.how,
+        )  # fmt: skip
 
-    def teacher_tensors(self) -> tuple[Tensor | None, ...]:
-        """The op's seven teacher arguments, flattened to rows and detached."""
-        t = self.teacher
-        if isinstance(t, HiddenTeacher):
-            hidden, weight, bias = (None if x is None else x.detach() for x in promote(t.hidden, t.head))
-            assert hidden is not None and weight is not None
-            if hidden.shape[-1] != weight.shape[1]:
-                raise ValueError(
-                    f"the teacher's hidden has shape {list(hidden.shape)}; its last size must be its head's "
-                    f"D = {weight.shape[1]}"
-                )
-            self._check_rows("the teacher's hidden", hidden, 1)
-            return hidden.reshape(-1, hidden.shape[-1]), weight, bias, None, None, None, None
-        if isinstance(t, LogitsTeacher):
-            self._check_rows("the teacher's logits", t.logits, 1)
-            return None, None, None, t.logits.detach().reshape(-1, t.logits.shape[-1]), None, None, None
-        self._check_rows("the teacher's ids", t.ids, 1)
-        return None, None, None, None, *self._sparse(t)
+    def finish(self, loss: Tensor, parts: Tensor) -> Any:
+        """The loss reduced where it is row losses [N], and the parts [2 + M, N] reduced alike where asked for."""
+        if loss.dim():
+            loss = torch.where(self.coef != 0, self.coef * loss, 0.0)
+            loss = loss.reshape(self.lead) if self.reduction == "none" else loss.sum()
+        if not self.with_metrics:
+            return loss
+        parts = torch.where(self.coef != 0, self.coef.detach() * parts.detach(), 0.0)
+        parts = parts.reshape(-1, *self.lead) if self.reduction == "none" else parts.sum(-1)
+        return loss, dict(zip(("distill", "ce", *self.metrics), parts, strict=True))
 
-    def _sparse(self, t: TopK) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ids [N, K] int64, log_probs [N, K] and log_rest [N] at the loss's temperature."""
-        ids = t.ids.reshape(-1, t.k).long()
-        check_ids("the teacher's ids", ids, self.side.vocab_size, -1)
-        log_probs = t.log_probs.detach().reshape(-1, t.k).to(self.wide)
-        if self.tail == "renormalize":
-            log_probs = log_probs / self.temperature
-            total = log_probs.logsumexp(-1, keepdim=True)
-            return ids, log_probs - torch.where(total == -math.inf, 0.0, total), None
-        if self.temperature != 1:
-            raise ValueError(
-                f"temperature={self.temperature} with a TopK teacher and tail={self.tail!r}: the mass outside the K "
-                "entries at that temperature was not recorded; use temperature=1.0, or tail='renormalize'"
-            )
-        if self.tail == "drop":
-            return ids, log_probs, None
-        if t.log_rest is None:
-            raise ValueError(
-                "tail='bucket' needs TopK.log_rest, the log of the mass outside the K entries; give it, or choose "
-                "tail='renormalize' or 'drop'"
-            )
-        return ids, log_probs, t.log_rest.detach().reshape(-1).to(self.wide)
+
+def metric_names(wanted: bool | Sequence[str], teacher: Teacher | None) -> tuple[str, ...]:
+    """The metrics beyond "distill" and "ce" that are asked for. Raises ValueError on one that cannot be had."""
+    names = () if isinstance(wanted, bool) else (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    names = tuple(name for name in names if name not in ("distill", "ce"))
+    for name in names:
+        if name not in metrics.NAMES:
+            known = ", ".join(("distill", "ce", *metrics.NAMES))
+            raise ValueError(f"return_metrics names {name!r}; known are {known}")
+        if name in metrics.SPARSE_ONLY and not isinstance(teacher, TopK):
+            raise ValueError(f"return_metrics names {name!r}, the mass on a TopK's entries; the teacher is no TopK")
+    if names and teacher is None:
+        raise ValueError(f"return_metrics names {names[0]!r}, but there is no teacher")
+    return names
 
 
 def promote(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -186,9 +193,9 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, known))}")
 
 
-def check_temperature(temperature: float) -> float:
+def check_temperature(temperature: float, name: str = "temperature") -> float:
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature} must be positive and finite")
+        raise ValueError(f"{name}={temperature} must be positive and finite")
     return float(temperature)
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from potstill import divergences, ops  # noqa: F401  ops registers torch.ops.potstill
-from potstill.arguments import REDUCTIONS, Call, check_choice, check_temperature, finite, promote, rows_or_budget
+from potstill.arguments import REDUCTIONS, Call, check_choice, check_temperature, promote
 from potstill.divergences import Divergence
+from potstill.mixtures import Teacher
+from potstill.row_losses import RowLoss
 from potstill.rows import TAILS, Side
-from potstill.teachers import Head, Teacher, describe
+from potstill.teachers import Head, describe
 
 
 def linear_distill_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
-    teacher: Teacher,
+    teacher: Teacher | None,
     labels: Tensor | None = None,
     *,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | Divergence | RowLoss = "forward_kl",
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     scale_by_t2: bool = False,
     distill_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -33,7 +37,7 @@ def linear_distill_loss(
     chunk_rows: int | None = None,
     low_memory: bool = False,
     precise: bool = False,
-    return_metrics: bool = False,
+    return_metrics: bool | Sequence[str] = False,
     backend: str = "auto",
 ) -> Any:
     """Distillation loss from the student's last hidden states; no [rows, V] matrix is ever held.
@@ -42,22 +46,30 @@ def linear_distill_loss(
 
     student_hidden: [..., D] fp64, fp32, bf16 or fp16.
     student_head: Head, or its weight [V, D].
-    teacher: HiddenTeacher, LogitsTeacher or TopK with the same leading shape. Never receives a gradient.
+    teacher: HiddenTeacher, LogitsTeacher, TopK, Mix or Masked with the same leading shape; None with distill_weight=0.
+        Never receives a gradient (but a soft mask's bounds do).
     labels: [...] int64, the next token of each row. Rows equal to `ignore_index` are left out of everything.
     divergence: a name or object of `potstill.divergences`; teacher first, in nats.
-    temperature: > 0, divides both sides' logits in the divergence; the cross-entropy stays at 1.
+    temperature: > 0, divides both sides' logits in the divergence; the cross-entropy stays at 1. A TopK needs the rest
+        at that temperature (`log_rest_at`), but for tail="renormalize".
+    teacher_temperature: divides the teacher's logits instead, where the two differ.
     scale_by_t2: multiply value and gradient of the divergence by temperature squared.
     distill_weight, ce_weight: `distill_weight * divergence + ce_weight * cross_entropy(labels)` per row.
     token_weights: [...] multiplies the whole row, cross-entropy included. May require grad.
     reduction: "mean": sum(w * l) / sum(w) over valid rows, or / num_items (clamped to at least 1) when that is given;
-        "sum"; "none": [...] in fp32, 0 at ignored rows. num_items is never read back from a device.
+        "sequence_mean": that mean within each sequence (the last of the leading dimensions), then over the sequences
+        that have a valid row (or / num_items); "sum"; "none": [...] in fp32, 0 at ignored rows. num_items is never read
+        back from a device.
     tail: for TopK, what stands for the mass outside the K entries: "bucket" one more entry (needs `log_rest`),
         "renormalize" both sides over the K entries (no gradient outside), "drop" nothing: the teacher's true
-        probabilities on the K entries against the student's full distribution.
+        probabilities on the K entries against the student's full distribution; "sampled": the entries were drawn (needs
+        `counts`), each weighted by its share of the draws over its probability, so that value and gradient are unbiased
+        for divergences that vanish where p = 0 (arXiv:2503.16870); for draws at another temperature, consistent.
     chunk_rows: rows of the logit buffer; None chooses from a byte budget.
     low_memory: keep no gradient between forward and backward; the backward computes the chunks again.
     precise: 16-bit inputs: never round logits to 16 bits, where the device would (see docs/precision.md).
-    return_metrics: also return {"distill", "ce"}: detached, unweighted parts, reduced as the loss is.
+    return_metrics: True also returns {"distill", "ce"}: detached, unweighted parts, reduced as the loss is. Names of
+        potstill.metrics ("kl", "acceptance", ...) add those, each for one more pass over the logits.
     backend: "auto", or a kernel by name for tests and benchmarks.
 
     Equals, for a HiddenTeacher and the defaults, with z = logits / temperature in fp32:
@@ -72,35 +84,31 @@ def linear_distill_loss(
         raise ValueError(
             f"student_hidden has shape {list(hidden.shape)}; its last size must be the head's D = {weight.shape[1]}"
         )
-    lead = hidden.shape[:-1]
-    call = Call(lead, hidden, head.side, teacher, labels, divergence, temperature, tail)
-    coef, finish = call.weights(token_weights, ignore_index, reduction, num_items, return_metrics)
-    labels_flat = call.labels_for(ce_weight, ignore_index)
-    t2 = temperature * temperature if scale_by_t2 else 1.0
+    call = Call(
+        hidden.shape[:-1], hidden, head.side, teacher, labels, divergence=divergence, temperature=temperature,
+        teacher_temperature=teacher_temperature, tail=tail, scale_by_t2=scale_by_t2, distill_weight=distill_weight,
+        ce_weight=ce_weight, token_weights=token_weights, ignore_index=ignore_index, reduction=reduction,
+        num_items=num_items, return_metrics=return_metrics, backend=backend, chunk_rows=chunk_rows, precise=precise,
+    )  # fmt: skip
     grad = torch.is_grad_enabled()
-    args = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, *call.teacher_tensors(),
-    )  # fmt: skip
-    settings = (
-        *call.settings(), temperature, finite("distill_weight", distill_weight) * t2, finite("ce_weight", ce_weight),
-        rows_or_budget(chunk_rows), precise, backend,
-        grad and hidden.requires_grad, grad and weight.requires_grad, grad and bias is not None and bias.requires_grad,
-    )  # fmt: skip
+    want = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, call.bounds)]
+    student = hidden.reshape(-1, hidden.shape[-1]), weight, bias
     if reduction == "none" or low_memory:
-        rows, parts = torch.ops.potstill.linear_distill_rows(*args, call.live(coef), labels_flat, *settings)
-        return finish(rows, parts.detach())
-    loss, parts, *_ = torch.ops.potstill.linear_distill(*args, coef, labels_flat, *settings)
-    return finish(loss, parts.detach())
+        rows, parts = torch.ops.potstill.linear_distill_rows(*student, *call.arguments(call.live()), *want)
+        return call.finish(rows, parts)
+    loss, parts, *_ = torch.ops.potstill.linear_distill(*student, *call.arguments(call.coef), *want)
+    return call.finish(loss, parts)
 
 
 def distill_loss(
     student_logits: Tensor,
-    teacher: Teacher,
+    teacher: Teacher | None,
     labels: Tensor | None = None,
     *,
     vocab_size: int | None = None,
-    divergence: str | Divergence = "forward_kl",
+    divergence: str | Divergence | RowLoss = "forward_kl",
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     scale_by_t2: bool = False,
     distill_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -111,7 +119,7 @@ def distill_loss(
     tail: str = "bucket",
     chunk_rows: int | None = None,
     precise: bool = False,
-    return_metrics: bool = False,
+    return_metrics: bool | Sequence[str] = False,
     backend: str = "auto",
 ) -> Any:
     """linear_distill_loss for logits already at hand: student_logits [..., V] fp64, fp32, bf16 or fp16.
@@ -125,16 +133,18 @@ def distill_loss(
     if vocab_size is not None and not 1 <= vocab_size <= columns:
         raise ValueError(f"vocab_size={vocab_size} is outside 1..{columns}, the columns of student_logits")
     side = Side(columns if vocab_size is None else vocab_size)
-    call = Call(student_logits.shape[:-1], student_logits, side, teacher, labels, divergence, temperature, tail)
-    coef, finish = call.weights(token_weights, ignore_index, reduction, num_items, return_metrics)
-    labels_flat = call.labels_for(ce_weight, ignore_index)
-    t2 = temperature * temperature if scale_by_t2 else 1.0
-    rows, parts = torch.ops.potstill.distill_rows(
-        student_logits.reshape(-1, columns), *call.teacher_tensors(), call.live(coef), labels_flat, *call.settings(),
-        temperature, finite("distill_weight", distill_weight) * t2, finite("ce_weight", ce_weight),
-        rows_or_budget(chunk_rows), precise, backend,
+    call = Call(
+        student_logits.shape[:-1], student_logits, side, teacher, labels, divergence=divergence,
+        temperature=temperature, teacher_temperature=teacher_temperature, tail=tail, scale_by_t2=scale_by_t2,
+        distill_weight=distill_weight, ce_weight=ce_weight, token_weights=token_weights, ignore_index=ignore_index,
+        reduction=reduction, num_items=num_items, return_metrics=return_metrics, backend=backend,
+        chunk_rows=chunk_rows, precise=precise,
     )  # fmt: skip
-    return finish(rows, parts.detach())
+    want_bounds = call.bounds is not None and call.bounds.requires_grad and torch.is_grad_enabled()
+    rows, parts = torch.ops.potstill.distill_rows(
+        student_logits.reshape(-1, columns), *call.arguments(call.live()), want_bounds
+    )
+    return call.finish(rows, parts)
 
 
 class _Loss(nn.Module):

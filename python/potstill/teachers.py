@@ -174,6 +174,34 @@ class TopK:
         """Entries a row."""
         return self.ids.shape[-1]
 
+    def rest_bounds(self, temperature: float, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """Bounds [...] of log sum p^(1/T) over the entries outside the K, from log_rest and the least kept entry alone.
+
+        Each entry outside is at most the least of the K, and together they are exp(log_rest): the sum lies between the
+        even spread over all `vocab_size - K` of them and the fewest that can hold it.
+        """
+        if self.log_rest is None:
+            raise ValueError("the rest at another temperature is bounded from TopK.log_rest, which is None")
+        given = self.ids >= 0
+        others = (vocab_size - given.sum(-1)).clamp(min=1).to(self.log_rest.dtype)
+        least = torch.where(given, self.log_probs, 0.0).amin(-1)
+        even = (1 - 1 / temperature) * others.log() + self.log_rest / temperature
+        fewest = self.log_rest + (1 / temperature - 1) * least
+        return (fewest, even) if temperature > 1 else (even, fewest)
+
+    def with_estimated_rest(self, temperature: float, vocab_size: int) -> TopK:
+        """A copy whose log_rest_at[temperature] is estimated: the geometric middle of `rest_bounds`.
+
+        The log of the outside sum is then wrong by at most half the distance of the bounds; look at it before use:
+        `low, high = topk.rest_bounds(T, V); ((high - low) / 2).mean()`. Recording the rest at capture
+        (`ps.topk(..., temperatures=(T,))`) costs little and is exact.
+        """
+        low, high = self.rest_bounds(temperature, vocab_size)
+        rest = (low + high) / 2
+        inside = (self.log_probs / temperature).logsumexp(-1)
+        log_rest = torch.where(low == -math.inf, -math.inf, rest - torch.logaddexp(rest, inside))
+        return replace(self, log_rest_at={**self.log_rest_at, float(temperature): log_rest})
+
     def _map(self, f: Callable[[Tensor], Tensor]) -> TopK:
         mapped: dict[str, Any] = {x.name: f(t) for x in fields(self) if isinstance(t := getattr(self, x.name), Tensor)}
         return replace(self, **mapped, log_rest_at={t: f(value) for t, value in self.log_rest_at.items()})
@@ -189,9 +217,6 @@ class TopK:
     def __getitem__(self, index: Any) -> TopK:
         """The rows selected by indexing the leading dimensions (a boolean mask, a slice, an index tensor)."""
         return self._map(lambda t: t[index])
-
-
-Teacher = HiddenTeacher | LogitsTeacher | TopK
 
 
 def describe(value: Any) -> str:

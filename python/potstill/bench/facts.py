@@ -32,7 +32,7 @@ def summation(name: str, distance: float) -> tuple[float, float, float]:
     g = torch.Generator().manual_seed(1)
     z = torch.randn(64, 5000, generator=g) * 3
     lp, lq = z.log_softmax(-1), (z + distance * torch.randn(z.shape, generator=g)).log_softmax(-1)
-    d = divergences.get(name)
+    d = divergences.TABLE[name]
 
     def rows(a: torch.Tensor, b: torch.Tensor, centre: float) -> torch.Tensor:
         return (d.formula(a, b, *d.values)[0] + centre * (b.exp() - a.exp())).sum(-1)

@@ -1,8 +1,11 @@
 """The ops of the losses: schemas, fakes, autograd.
 
-linear_distill        the weighted sum of the row losses; gradients are made in the forward pass, once
-linear_distill_rows   the row losses; gradients are made again in the backward pass, from the incoming ones
-distill_rows          the row losses of logits at hand; the gradient is made in the backward pass
+  linear_distill        the weighted sum of the row losses; gradients are made in the forward pass, once
+  linear_distill_rows   the row losses; gradients are made again in the backward pass, from the incoming ones
+  distill_rows          the row losses of logits at hand; the gradient is made in the backward pass
+
+The teacher is a list of tensors and a plan that says what they are (targets.py); it gets no gradient. `bounds` [2, N]
+are those of a masked teacher, and may.
 """
 
 from __future__ import annotations
@@ -12,46 +15,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill import divergences
-from potstill.chunked import TeacherRows, Wanted, linear_rows, logits_rows
+from potstill import divergences, row_losses
+from potstill.chunked import Task, Wanted, linear_rows, logits_rows
 from potstill.ops.library import Op, no_second_derivative, register, side_of, wide
 from potstill.rows import RowSpec
 
-TEACHER = (
-    "Tensor? t_hidden, Tensor? t_weight, Tensor? t_bias, Tensor? t_logits, Tensor? ids, Tensor? log_probs, "
-    "Tensor? log_rest"
-)
-# sides are (vocab_size, scale, softcap); t_side is empty for a sparse teacher
+TASK = "Tensor[] teacher, float[] numbers, str plan, Tensor? bounds, Tensor coef, Tensor? labels"
+# side is (vocab_size, scale, softcap); metrics are names between commas
 SPEC = (
-    "str divergence, float[] values, float[] s_side, float[] t_side, str tail, float temperature, "
-    "float distill_weight, float ce_weight, int chunk_rows, bool precise, str backend"
+    "str divergence, float[] values, float[] side, str tail, float temperature, float distill_weight, "
+    "float ce_weight, str metrics, int chunk_rows, bool precise, str backend"
 )
 STUDENT = "Tensor hidden, Tensor weight, Tensor? bias"
-WANT = "bool want_hidden, bool want_weight, bool want_bias"
+WANT = "bool want_hidden, bool want_weight, bool want_bias, bool want_bounds"
 SCHEMAS = {
-    "linear_distill": f"({STUDENT}, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}, {WANT})"
-    " -> (Tensor loss, Tensor parts, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
-    "linear_distill_rows": f"({STUDENT}, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}, {WANT})"
-    " -> (Tensor loss, Tensor parts)",
-    "linear_distill_rows_backward": f"({STUDENT}, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}, {WANT})"
-    " -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
-    "distill_rows": f"(Tensor logits, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}) -> (Tensor loss, Tensor parts)",
-    "distill_rows_backward": f"(Tensor logits, {TEACHER}, Tensor coef, Tensor? labels, {SPEC}) -> Tensor",
-    "scale_gradients": "(Tensor grad, Tensor d_hidden, Tensor d_weight, Tensor d_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_distill": f"({STUDENT}, {TASK}, {SPEC}, {WANT})"
+    " -> (Tensor loss, Tensor parts, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_bounds)",
+    "linear_distill_rows": f"({STUDENT}, {TASK}, {SPEC}, {WANT}) -> (Tensor loss, Tensor parts)",
+    "linear_distill_rows_backward": f"({STUDENT}, {TASK}, {SPEC}, {WANT})"
+    " -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_bounds)",
+    "distill_rows": f"(Tensor logits, {TASK}, {SPEC}, bool want_bounds) -> (Tensor loss, Tensor parts)",
+    "distill_rows_backward": f"(Tensor logits, {TASK}, {SPEC}, bool want_bounds) -> (Tensor d_logits, Tensor d_bounds)",
+    "scale_gradients": "(Tensor grad, Tensor d_hidden, Tensor d_weight, Tensor d_bias, Tensor d_bounds)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 }
-N_TEACHER = TEACHER.count("Tensor?")
-N_SPEC = SPEC.count(",") + 1
+N_TASK, N_SPEC = TASK.count(",") + 1, SPEC.count(",") + 1
+BOUNDS, COEF, METRICS = 3, 4, 7  # places within TASK, within TASK, within SPEC
 
 
-def spec_of(settings: tuple[Any, ...]) -> tuple[RowSpec, tuple[int, bool, str]]:
-    """The SPEC arguments as a RowSpec and (chunk_rows, precise, backend)."""
-    name, values, s_side, t_side, tail, temperature, distill_weight, ce_weight, *rest = settings
-    entry = divergences.get(name)
+def task_of(args: tuple[Any, ...], lead: int) -> Task:
+    """The arguments after the student's as a Task."""
+    teacher, numbers, plan, bounds, coef, labels = args[lead : lead + N_TASK]
+    name, values, side, tail, temperature, distill_weight, ce_weight, names, *how = args[lead + N_TASK :][:N_SPEC]
+    entry: Any = divergences.TABLE.get(name) or row_losses.TABLE[name]
     entry = entry(**{p.name: v for p, v in zip(entry.parameters, values, strict=True)})
-    teacher = side_of(t_side) if t_side else None
-    spec = RowSpec(entry, side_of(s_side), teacher, tail, temperature, distill_weight, ce_weight)
-    rows, precise, backend = rest
-    return spec, (rows, precise, backend)
+    spec = RowSpec(entry, side_of(side), None, tail, temperature, distill_weight, ce_weight)
+    return Task(teacher, numbers, plan, bounds, coef, labels, spec, tuple(names.split(",")) if names else (), *how)
 
 
 def _weighed(parts: Tensor, spec: RowSpec) -> Tensor:
@@ -60,94 +59,89 @@ def _weighed(parts: Tensor, spec: RowSpec) -> Tensor:
     return loss + spec.ce_weight * parts[1] if spec.ce_weight else loss
 
 
-def _split(
-    args: tuple[Any, ...], lead: int
-) -> tuple[TeacherRows, Tensor, Tensor | None, tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments after the student's -> teacher, coef, labels, SPEC settings, what follows."""
-    teacher = TeacherRows(*args[lead : lead + N_TEACHER])
-    coef, labels = args[lead + N_TEACHER : lead + N_TEACHER + 2]
-    settings = args[lead + N_TEACHER + 2 :]
-    return teacher, coef, labels, settings[:N_SPEC], settings[N_SPEC:]
-
-
-def _linear(args: tuple[Any, ...], want: Wanted) -> tuple[RowSpec, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    hidden, weight, bias = args[:3]
-    teacher, coef, labels, settings, _ = _split(args, 3)
-    spec, (rows, precise, backend) = spec_of(settings)
-    return spec, linear_rows(hidden, weight, bias, teacher, coef, labels, spec, want, rows, precise, backend)
-
-
 def linear_distill(*args: Any) -> tuple[Tensor, ...]:
-    spec, (parts, *grads) = _linear(args, Wanted(*args[-3:]))
-    coef = args[3 + N_TEACHER]
-    loss = torch.where(coef != 0, coef * _weighed(parts, spec), 0.0).sum()
+    task = task_of(args, 3)
+    parts, *grads = linear_rows(args[0], args[1], args[2], task, Wanted(*args[-4:]))
+    loss = torch.where(task.coef != 0, task.coef * _weighed(parts, task.spec), 0.0).sum()
     return (loss, parts, *grads)
 
 
 def linear_distill_rows(*args: Any) -> tuple[Tensor, Tensor]:
-    spec, (parts, *_) = _linear(args, Wanted())
-    return _weighed(parts, spec), parts
+    task = task_of(args, 3)
+    parts = linear_rows(args[0], args[1], args[2], task, Wanted())[0]
+    return _weighed(parts, task.spec), parts
 
 
-def linear_distill_rows_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _linear(args, Wanted(*args[-3:]))[1][1:]
-
-
-def _logits(args: tuple[Any, ...], want: bool) -> tuple[RowSpec, tuple[Tensor, Tensor]]:
-    teacher, coef, labels, settings, _ = _split(args, 1)
-    spec, (rows, precise, backend) = spec_of(settings)
-    return spec, logits_rows(args[0], teacher, coef, labels, spec, want, rows, precise, backend)
+def linear_distill_rows_backward(*args: Any) -> tuple[Tensor, ...]:
+    return linear_rows(args[0], args[1], args[2], task_of(args, 3), Wanted(*args[-4:]))[1:]
 
 
 def distill_rows(*args: Any) -> tuple[Tensor, Tensor]:
-    spec, (parts, _) = _logits(args, False)
-    return _weighed(parts, spec), parts
+    task = task_of(args, 1)
+    parts = logits_rows(args[0], task, Wanted())[0]
+    return _weighed(parts, task.spec), parts
 
 
-def distill_rows_backward(*args: Any) -> Tensor:
-    return _logits(args, True)[1][1]
+def distill_rows_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    return logits_rows(args[0], task_of(args, 1), Wanted(hidden=True, bounds=args[-1]))[1:]
 
 
 def scale_gradients(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
     return tuple(g * grad.to(g.dtype) for g in saved)
 
 
-def _fake_grads(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = args[:2]
-    want = Wanted(*args[-3:])
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if want.hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if want.weight else weight.new_empty(0),
-        weight.new_empty(weight.shape[0] if want.bias else 0),
-    )
+def _fake_bounds(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty((2, x.shape[0]) if wanted else 0, dtype=wide(x))
 
 
-def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], dtype=wide(x)), x.new_empty(2, x.shape[0], dtype=wide(x))
+def _fake_grads(args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, *_ = args
+    want_hidden, want_weight, want_bias, want_bounds = args[-4:]
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else weight.new_empty(0)
+    d_bias = weight.new_empty(weight.shape[0] if want_bias else 0)
+    return d_hidden, d_weight, d_bias, _fake_bounds(hidden, want_bounds)
+
+
+def _fake_rows(args: tuple[Any, ...], lead: int) -> tuple[Tensor, Tensor]:
+    x, names = args[0], args[lead + N_TASK + METRICS]
+    rows = 2 + (len(names.split(",")) if names else 0)
+    return x.new_empty(x.shape[0], dtype=wide(x)), x.new_empty(rows, x.shape[0], dtype=wide(x))
 
 
 def _fake_linear_distill(*args: Any) -> tuple[Tensor, ...]:
-    loss, parts = _fake_rows(args[0])
+    loss, parts = _fake_rows(args, 3)
     return (loss.new_empty(()), parts, *_fake_grads(args))
+
+
+def _fake_logits_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    d_logits = torch.empty_like(args[0], memory_format=torch.contiguous_format)
+    return d_logits, _fake_bounds(args[0], args[-1])
 
 
 FAKES = {
     "linear_distill": _fake_linear_distill,
-    "linear_distill_rows": lambda *args: _fake_rows(args[0]),
+    "linear_distill_rows": lambda *args: _fake_rows(args, 3),
     "linear_distill_rows_backward": lambda *args: _fake_grads(args),
-    "distill_rows": lambda *args: _fake_rows(args[0]),
-    "distill_rows_backward": lambda *args: torch.empty_like(args[0], memory_format=torch.contiguous_format),
+    "distill_rows": lambda *args: _fake_rows(args, 1),
+    "distill_rows_backward": _fake_logits_backward,
     "scale_gradients": lambda grad, *saved: tuple(torch.empty_like(g) for g in saved),
 }
 
 
+def _no_gradients(inputs: Any) -> list[Any]:
+    """None for each input, and a list of None for a list of tensors, as autograd wants it."""
+    lists = [isinstance(x, list) and all(isinstance(t, Tensor) for t in x) for x in inputs]
+    return [[None] * len(x) if many else None for x, many in zip(inputs, lists, strict=True)]
+
+
 def _save_linear_distill(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, parts, d_hidden, d_weight, d_bias = output
-    coef = inputs[3 + N_TEACHER]
-    *_, ctx.distill_weight, ctx.ce_weight = inputs[3 + N_TEACHER + 2 :][: N_SPEC - 3]
+    _, parts, *grads = output
+    coef = inputs[3 + COEF]
+    ctx.distill_weight, ctx.ce_weight = inputs[3 + N_TASK + 5], inputs[3 + N_TASK + 6]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_hidden, d_weight, d_bias, parts if coef.requires_grad else None)
-    ctx.want, ctx.count = inputs[-3:], len(inputs)
+    ctx.save_for_backward(*grads, parts if coef.requires_grad else None)
+    ctx.want, ctx.none = inputs[-4:], _no_gradients(inputs)
 
 
 def _freed_after(saved: list[Tensor]) -> bool:
@@ -156,8 +150,8 @@ def _freed_after(saved: list[Tensor]) -> bool:
     return keeps is not None and all(type(x) is Tensor for x in saved) and not keeps()
 
 
-def _backward_linear_distill(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    out: list[Tensor | None] = [None] * ctx.count
+def _backward_linear_distill(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    out = list(ctx.none)
     if grad is None:
         return tuple(out)
     *saved, parts = ctx.saved_tensors
@@ -166,45 +160,64 @@ def _backward_linear_distill(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Te
         scaled = tuple(saved) if one else tuple(g.mul_(grad.to(g.dtype)) for g in saved)
     else:
         scaled = torch.ops.potstill.scale_gradients(grad, *saved)
-    for i, wanted in enumerate(ctx.want):
-        out[i] = scaled[i] if wanted else None
+    for place, gradient, wanted in zip((0, 1, 2, 3 + BOUNDS), scaled, ctx.want, strict=True):
+        if wanted:
+            out[place] = gradient
     if parts is not None:
-        out[3 + N_TEACHER] = grad * (ctx.distill_weight * parts[0] + ctx.ce_weight * parts[1])
+        weights = (ctx.distill_weight, ctx.ce_weight)
+        out[3 + COEF] = grad * sum(w * part for w, part in zip(weights, parts, strict=False) if w)
     return tuple(out)
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+    kept: list[Any] = []  # an input, or where its tensors are among the saved ones
+    for x in inputs:
+        if isinstance(x, Tensor):
+            kept.append(("one", len(tensors)))
+            tensors.append(x)
+        elif isinstance(x, list) and x and isinstance(x[0], Tensor):
+            kept.append(("many", len(tensors), len(x)))
+            tensors += x
+        else:
+            kept.append(("as it is", x))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    ctx.kept, ctx.none = kept, _no_gradients(inputs)
 
 
 def _rows_arguments(ctx: Any, grad: Tensor, lead: int) -> list[Any]:
     """The saved inputs with coef multiplied by the incoming gradient of each row."""
-    args = list(ctx.inputs)
-    for i, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-        args[i] = tensor  # not detached: a second derivative must meet the backward op, which refuses it
-    place = lead + N_TEACHER
+    saved = ctx.saved_tensors
+    args: list[Any] = []
+    for how, value, *count in ctx.kept:
+        if how == "as it is":
+            args.append(value)
+        else:  # not detached: a second derivative must meet the backward op, which refuses it
+            args.append(list(saved[value : value + count[0]]) if how == "many" else saved[value])
+    place = lead + COEF
     args[place] = torch.where(args[place] != 0, args[place] * grad, 0.0)
     return args
 
 
-def _backward_linear_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    out: list[Tensor | None] = [None] * len(ctx.inputs)
+def _backward_linear_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    out = list(ctx.none)
     if grad is not None:
         args = _rows_arguments(ctx, grad, 3)
         grads = torch.ops.potstill.linear_distill_rows_backward(*args)
-        for i, wanted in enumerate(args[-3:]):
-            out[i] = grads[i] if wanted else None
+        for place, gradient, wanted in zip((0, 1, 2, 3 + BOUNDS), grads, args[-4:], strict=True):
+            if wanted:
+                out[place] = gradient
     return tuple(out)
 
 
-def _backward_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    out: list[Tensor | None] = [None] * len(ctx.inputs)
-    if grad is not None and ctx.needs_input_grad[0]:
-        out[0] = torch.ops.potstill.distill_rows_backward(*_rows_arguments(ctx, grad, 1))
+def _backward_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    out = list(ctx.none)
+    if grad is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1 + BOUNDS]):
+        args = _rows_arguments(ctx, grad, 1)
+        out[0], d_bounds = torch.ops.potstill.distill_rows_backward(*args)
+        if args[-1]:
+            out[1 + BOUNDS] = d_bounds
     return tuple(out)
 
 

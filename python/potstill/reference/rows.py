@@ -38,7 +38,7 @@ def outer(total: Tensor, slope: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor |
     return value, factor[:, None]
 
 
-def _finish(
+def finish(
     out: Tensor, dz: Tensor, chain: Tensor | float, lq1: Tensor, coef: Tensor, labels: Tensor | None,
     spec: RowSpec, grad: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -77,7 +77,7 @@ def dense_rows(
     out[0], factor = outer((term + spec.centre * (q - lp.exp())).sum(-1), total, spec)
     dz = (slope - q * total) * factor / spec.temperature
     lq1 = lq if spec.temperature == 1 else torch.log_softmax(zs, -1)
-    return _finish(out, dz, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
+    return finish(out, dz, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
 
 
 @register("sparse_rows", "torch", rank=0, refuses=serves_all)
@@ -120,4 +120,4 @@ def sparse_rows(
             dz = dz + slope[:, -1:] * share
         dz = dz.scatter_add_(1, columns, slope[:, : ids.shape[1]])
     lq1 = lq_all if spec.temperature == 1 else torch.log_softmax(zs, -1)
-    return _finish(out, dz * factor / spec.temperature, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
+    return finish(out, dz * factor / spec.temperature, chain, lq1, coef.to(zs.dtype), labels, spec, grad)
