@@ -158,8 +158,8 @@ def __getattr__(name: str) -> RowLoss:
 
 
 def times(p, x):
-    """p * x, and 0 where p is 0 whatever x is."""
-    return where(p > 0, p * x, 0.0)
+    """p * x, and 0 where p is 0 whatever x is; NaN stays NaN."""
+    return where(p == 0, 0.0, p * x)
 
 
 def log_mixture(lp, lq, teacher_weight):
@@ -225,7 +225,7 @@ def symmetric_kl(lp, lq):
     """(KL(p || q) + KL(q || p)) / 2 = sum (p - q) (log p - log q) / 2."""
     p = exp(lp)
     q = exp(lq)
-    term = where(p + q > 0, 0.5 * (p - q) * (lp - lq), 0.0)
+    term = where(p + q == 0, 0.0, 0.5 * (p - q) * (lp - lq))
     return term, 0.5 * (q - p + times(q, lq - lp))
 
 
@@ -259,7 +259,7 @@ def renyi_outer(total, slope, alpha):
     """Of the alpha-divergence's sums, log(m) / (a - 1) for m = sum p^a q^(1-a), and its derivative by the first."""
     lost = alpha * (1 - alpha) * total
     m = where(lost < 0.5, 1 - lost, -alpha * slope)
-    return where(lost < 0.5, log1p(-lost), log(m)) / (alpha - 1), where(m > 0, alpha / m, 0.0)
+    return where(lost < 0.5, log1p(-lost), log(m)) / (alpha - 1), where(m > 1e-37, alpha / m, 0.0)
 
 
 @divergence(ALPHA, centre=lambda alpha: 1.0 / alpha, outer=renyi_outer)

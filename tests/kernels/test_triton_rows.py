@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PARTS = ("test_every_divergence", "test_banned", "not test_every_divergence and not test_banned")
+PARTS = ("test_every_divergence", "banned_tokens", "not test_every_divergence and not banned_tokens")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

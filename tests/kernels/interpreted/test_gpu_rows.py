@@ -200,7 +200,7 @@ def test_dead_rows_are_not_looked_at(target, form):
 @pytest.mark.parametrize("std", [3.0, 60.0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", divergences.names())
-def test_banned_tokens_and_peaked_logits(target, name, form, std):
+def test_pitfall_02_03_banned_tokens_and_peaked_logits(target, name, form, std):
     if not meaningful(name, form, target[0]):
         return
     student, teacher, coef, labels = make_case(form, torch.float32, target[1], std=std, seed=3)
@@ -246,7 +246,7 @@ def test_without_a_gradient(target, form):
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "expanded", "offset"])
 @pytest.mark.parametrize("form", FORMS)
-def test_layouts(target, form, layout):
+def test_pitfall_20_layouts(target, form, layout):
     case = list(make_case(form, torch.float32, target[1], seed=6))
     spec = make_spec(form, "reverse_kl", ce_weight=0.3)
     student = case[0]
@@ -270,7 +270,15 @@ def test_layouts(target, form, layout):
     assert torch.equal(out, want[0]) and torch.equal(grad, want[1])
 
 
-def test_the_rest_is_summed_not_subtracted(target):
+def test_pitfall_22_what_is_loaded_is_widened():
+    """The interpreter's bf16 arithmetic is silently wrong, so every float that a kernel loads goes to fp32 at once."""
+    source = (ROOT / "python/potstill/kernels/triton_rows.py").read_text()
+    loads = [line for line in source.splitlines() if "tl.load(" in line]
+    floats = [line for line in loads if not any(name in line for name in ("p_ids", "p_sorted", "p_labels", "p_coef"))]
+    assert len(floats) >= 4 and all(".to(tl.float32)" in line for line in floats), floats
+
+
+def test_pitfall_08_the_rest_is_summed_not_subtracted(target):
     """A rest of exp(-40) beside K entries that hold everything: 1 - sum would give 0 or noise."""
     student = torch.full((1, V), -40.0, device=target[1]) - torch.arange(V, device=target[1]) / 100
     student[0, [3, 130, 260]] = torch.tensor([1.0, 0.5, 0.0], device=target[1])
