@@ -35,6 +35,23 @@ def test_readme_examples_run(tmp_path):
     assert (tmp_path / "teacher-cache" / "manifest.json").is_file()
 
 
+def documented() -> list[object]:
+    files = sorted((ROOT / "docs").glob("*.md"))
+    return [
+        pytest.param(m[2], id=f"{file.stem}-{i}")
+        for file in files
+        for i, m in enumerate(BLOCK.finditer(file.read_text()))
+        if m[1] == "python"
+    ]
+
+
+@pytest.mark.parametrize("source", documented())
+def test_examples_of_the_docs_run(source, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{source}\n{done.stderr[-3000:]}"
+
+
 def test_links_lead_somewhere():
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
