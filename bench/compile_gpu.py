@@ -64,6 +64,10 @@ def triton_variants() -> list[tuple[str, str, str, str, tuple[tuple[str, object]
         for dtype in ("bf16", "fp32"):
             variants.append(("dense", name, dtype, "", ()))
             variants.append(("sparse", name, dtype, "bucket", ()))
+    for name in divergences.names("estimator"):
+        variants.append(("sparse", name, "bf16", "sampled", (("TAIL", "sampled"),)))
+    for name in divergences.names("metric"):
+        variants.append(("dense", name, "bf16", "no gradient", (("GRAD", False), ("CE", False))))
     capped = (("STUDENT_CAP", True), ("TEACHER_CAP", True))
     variants.append(("dense", "jsd", "bf16", "softcap", capped))
     variants.append(("dense", "jsd", "fp16", "", ()))
@@ -96,13 +100,14 @@ def compile_triton(job: tuple[str, str, str, str, tuple[tuple[str, object], ...]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    entry = divergences.get(name)
+    entry = divergences.TABLE[name]
     function = {"dense": triton_rows.dense_kernel, "sparse": triton_rows.sparse_kernel}[kernel]
     block = {"dense": triton_rows.DENSE_BLOCK, "sparse": triton_rows.SPARSE_BLOCK}[kernel]
     shape = triton_rows.launch_shape(151936, block)
     options = {name: shape.pop(name) for name in ("num_warps", "maxnreg")}
     constants = {
-        "FORMULA": device_function(entry.formula), "TEMPERED": True, "CE": True, "GRAD": True,
+        "FORMULA": device_function(entry.formula), "OUTER": entry.outer and device_function(entry.outer),
+        "TEMPERED": True, "CE": True, "GRAD": True,
         "STUDENT_CAP": False, "TEACHER_CAP": False, "SOFTCAP": False, "TAIL": "bucket", "ENTRIES": 128,
     } | shape | dict(different)  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
