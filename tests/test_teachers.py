@@ -1,57 +1,11 @@
-"""Head.from_model applies what the model applies, checked against the model's own logits."""
+"""The forms a teacher can take."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import potstill as ps
-import pytest
 import torch
-from potstill.capture.hidden import teacher_hidden
-
-transformers = pytest.importorskip("transformers")
-
-SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-FAMILIES = {
-    "llama, tied": ("Llama", dict(tie_word_embeddings=True)),
-    "llama": ("Llama", dict(tie_word_embeddings=False)),
-    "qwen2": ("Qwen2", {}),
-    "gemma2, softcap": ("Gemma2", dict(final_logit_softcapping=0.5, head_dim=8, query_pre_attn_scalar=8)),
-    "cohere, logit_scale": ("Cohere", dict(logit_scale=0.25)),
-    "granite, logits_scaling": ("Granite", dict(logits_scaling=4.0)),
-    "phi, biased head": ("Phi", {}),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pitfall_10_the_head_is_the_models(family):
-    name, options = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **options})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that biases and norms are not at their initial 0 and 1
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        ids = torch.randint(3, 97, (2, 11))
-        logits = model(ids).logits
-        hidden = teacher_hidden(model, ids)
-        head = ps.Head.from_model(model)
-        top = ps.linear_topk(hidden, head, 97)
-        expected = ps.topk(logits, 97)
-        torch.testing.assert_close(top.lse, expected.lse, rtol=1e-4, atol=1e-4)
-        got, want = (t.log_probs.new_zeros(2, 11, 97).scatter(-1, t.ids.long(), t.log_probs) for t in (top, expected))
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        self_distilled = ps.linear_distill_loss(hidden, head, ps.LogitsTeacher(logits))
-        assert abs(self_distilled.item()) < 1e-5
-
-
-def test_what_has_no_head_is_refused():
-    model = transformers.LlamaModel(transformers.LlamaConfig(**SMALL))
-    with pytest.raises(TypeError, match="no output embeddings"):
-        ps.Head.from_model(model)
 
 
 def test_topk_moves_and_indexes_as_one():

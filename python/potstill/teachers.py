@@ -76,28 +76,26 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
     @classmethod
-    def from_model(cls, model: Any, *, vocab_size: int | None = None) -> Head:
-        """The head of a Hugging Face causal LM, with scale, softcap and bias as the model applies them.
+    def from_model(
+        cls, model: Any, *, vocab_size: int | None = None, hidden: str | None = None, check: bool = True
+    ) -> Head:
+        """The head of a Hugging Face model, with bias, scale and softcap as the model itself applies them.
 
-        `logit_scale` (Cohere) multiplies, `logits_scaling` (Granite) divides, `lm_head_multiplier` (Falcon-H1)
-        multiplies, `final_logit_softcapping` (Gemma) caps. vocab_size: pass the tokenizer's length where the matrix is
-        padded beyond it. Raises TypeError for a model without output embeddings.
+        The first call for a model runs it once on two tokens and holds what its configuration says against the logits
+        it returns; later calls only read the weights.
+
+        vocab_size: pass the tokenizer's length where the matrix is padded beyond it.
+        hidden: which hidden states the head will be given, "last_hidden_state" (`hidden_states[-1]`) or "head_input"
+            (what the model gives its projection; `student_hidden` of integrations.transformers returns these). They
+            differ in models that scale or transform the last hidden state first (T5, MiniCPM 3); None refuses those.
+        check: False skips the run and takes the usual meaning of the configuration.
+
+        Raises TypeError for a model without output embeddings or whose are no plain linear layer, ValueError for an
+        adapter on the head and for a model whose logits no known rule gives.
         """
-        embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if embeddings is None:
-            raise TypeError(f"{type(model).__name__} has no output embeddings; Head.from_model takes a causal LM")
-        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
-            getattr(config, "lm_head_multiplier", None) or 1
-        )
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(
-            embeddings.weight,
-            getattr(embeddings, "bias", None),
-            logit_scale=scale,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            vocab_size=vocab_size,
-        )
+        from potstill.heads import head_of
+
+        return head_of(model, vocab_size=vocab_size, hidden=hidden, check=check)
 
 
 @dataclass(frozen=True, eq=False)

@@ -178,7 +178,7 @@ def build(
 def _head_of(model: Any) -> Head:
     from ..teachers import Head
 
-    return Head.from_model(model)
+    return Head.from_model(model, hidden="head_input")
 
 
 def _vocab_size(head: Head) -> int:

@@ -47,7 +47,7 @@ class HeldOut:
 
 def held_out(teacher: Any, batches: list[torch.Tensor]) -> list[HeldOut]:
     """The teacher's side of `divergence_between`, computed once."""
-    head = Head.from_model(teacher)
+    head = Head.from_model(teacher, hidden="head_input")
     return [HeldOut(ids, HiddenTeacher(teacher_hidden(teacher, ids), head)) for ids in batches]
 
 
@@ -59,7 +59,7 @@ def divergence_between(student: Any, batches: list[HeldOut]) -> float:
     """
     was_training = student.training
     student.eval()
-    head, total, rows = Head.from_model(student), 0.0, 0
+    head, total, rows = Head.from_model(student, hidden="head_input"), 0.0, 0
     for batch in batches:
         hidden = teacher_hidden(student, batch.ids)
         total += float(linear_distill_loss(hidden, head, batch.teacher, reduction="sum"))

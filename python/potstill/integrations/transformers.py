@@ -81,7 +81,7 @@ def _student_head(model: Any, vocab_size: int | None) -> Head:
                 "alone is not what the "
                 "model applies; leave the head out of the adapter's target modules"
             )
-    return Head.from_model(inner, vocab_size=vocab_size)
+    return Head.from_model(inner, vocab_size=vocab_size, hidden="head_input")
 
 
 def _require_rows(inputs: dict[str, Any]) -> None:
