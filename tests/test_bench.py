@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import csv
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from potstill.bench import losses, run, topk
+from potstill import divergences
+from potstill.bench import losses, objectives, rivals, run, topk
+from potstill.bench.cases import Case, Shape
 from potstill.bench.command import bench
 from potstill.bench.measure import in_turns, peak_in_process
 from potstill.teachers import TopK
 
+SMALL = Shape("dense", rows=33, hidden=16, teacher_hidden=24, vocab=700)
 
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", ["dense", "sparse"])
-def test_the_rivals_compute_the_same(form):
-    sparse = form == "sparse"
-    calls = losses.variants(form, rows=33, hidden=16, teacher_hidden=24, vocab=700, gather_first=sparse)
-    calls.pop("floor")
-    values = [call() for call in calls.values()]
-    assert len(values) == (3 if sparse else 2)
-    assert values == pytest.approx([values[0]] * len(values), rel=1e-5)
+def test_ours_and_eager_are_checked_against_fp64(form, dtype):
+    shape = replace(SMALL, form=form, dtype=dtype)
+    assert losses.check(shape, compiled=False) == {}
+    case = Case(shape)
+    for name, loss in case.losses().items():
+        off = losses.errors(case, loss, case.truth())
+        assert max(off) < (1e-5 if dtype == "float32" else 0.1), name
+
+
+def test_liger_and_trl_are_measured_where_installed():
+    case = Case(SMALL)
+    found, skipped = rivals.found(case, compiled=False)
+    assert set(found) | set(skipped) == {"Liger chunked", "TRL chunked"}
+    for name in skipped:
+        assert rivals.version(rivals.PACKAGES[name.split()[0]]) is None, skipped[name]
+    for name, loss in found.items():
+        assert max(losses.errors(case, loss, case.truth())) < 1e-4, name
+    _, reasons = rivals.found(Case(replace(SMALL, form="sparse")), compiled=False)
+    assert "top-k" in reasons["Liger, TRL"]
+
+
+def test_an_absent_rival_says_so(monkeypatch):
+    monkeypatch.setattr(rivals, "version", lambda package: None)
+    found, skipped = rivals.found(Case(SMALL), compiled=False)
+    assert found == {} and skipped["TRL chunked"] == "the package trl is not installed"
 
 
 def test_memory_is_measured_where_it_is_known():
@@ -33,6 +58,7 @@ def test_memory_is_measured_where_it_is_known():
         for which in ("potstill", "eager")
     }
     assert peaks["eager"] > 2 * matrix
+    assert losses.extra_peak(Shape(**shape), "potstill", False) < peaks["potstill"]
     assert 256 * 16_384 * 4 < peaks["potstill"] < matrix / 2
 
 
@@ -42,23 +68,70 @@ def test_variants_take_turns():
     assert "".join(order) == "baabbaab" and all(len(s) == 3 for s in seconds.values())
 
 
-def test_a_wrong_variant_is_not_timed(monkeypatch):
-    monkeypatch.setattr(losses, "eager_sparse", lambda *a: torch.tensor(3.0, requires_grad=True))
-    with pytest.raises(AssertionError, match="nothing was timed"):
-        run.loss_rows("case", "sparse", 8, 4, 0, 100, repeats=1, compiled=False)
+def test_what_is_slower_than_the_limit_is_left_out():
+    calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.02)}
+    assert list(in_turns(calls, repeats=2, limit=0.01)) == ["fast"]
+
+
+def test_a_red_check_prints_no_number(monkeypatch):
+    """A wrong value, a wrong gradient and a crash are noted and have no row; the others are timed."""
+
+    def wrong(self):
+        return self.eager() * 1.001
+
+    def wrong_gradient(self):
+        loss = self.eager()
+        return loss + (self.h - self.h.detach()).sum() * 1e-3
+
+    def crash(self):
+        raise RuntimeError("no kernel\nhere")
+
+    monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, vocab=1001))
+    for replaced, sentence in (
+        (wrong, "value off by 1.0e-03"),
+        (wrong_gradient, "gradient of h"),
+        (crash, "no kernel"),
+    ):
+        monkeypatch.setattr(Case, "potstill", replaced)
+        notes: list[str] = []
+        found = losses.rows(SMALL, repeats=2, compiled=False, limit=60, peaks=False, note=notes.append)
+        assert "potstill" not in [r["variant"] for r in found] and "eager" in [r["variant"] for r in found]
+        (note,) = [n for n in notes if "RED" in n]
+        assert "potstill" in note and sentence in note, note
     monkeypatch.setattr(topk, "topk", lambda x, k: TopK(x[:, :k].int(), x[:, :k]))
     with pytest.raises(AssertionError, match="differs"):
         topk.check(torch.randn(2, 100), 3)
 
 
+def test_gradients_near_convergence():
+    """GOALS of the precise mode, on fewer rows."""
+    rows = {r["variant"]: r for r in objectives.precision_rows(vocab=4_000, rows=16)}
+    precise = rows["potstill, precise=True"]
+    assert 0.02 < precise["kl"] < 0.08
+    assert max(precise["hidden_gradient_error"], precise["head_gradient_error"]) < 3e-3
+    assert rows["eager, all in bf16"]["hidden_gradient_error"] > 10 * precise["hidden_gradient_error"]
+
+
 def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(topk, "CASES", [(torch.bfloat16, 2, 4000, 16, "gaussian")])
+    monkeypatch.setattr(losses, "SMOKE", [replace(s, vocab=900) for s in losses.SMOKE[:2]])
+    monkeypatch.setattr(losses, "extra_peak", lambda *a: 1)
+    monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, vocab=1001))
+    monkeypatch.setattr(objectives, "extra_peak", lambda *a: 1)
     done = CliRunner().invoke(bench, ["all", "--smoke", "--out", str(tmp_path), "--cache", str(tmp_path / "no")])
     assert done.exit_code == 0, done.output
     assert "skipped" in done.output and "| loss, forward + backward" in done.output
     rows = list(csv.DictReader(open(tmp_path / "losses.csv")))
-    assert {r["variant"] for r in rows} == {"potstill", "eager"} and all(float(r["seconds"]) > 0 for r in rows)
+    assert {"potstill", "eager"} <= {r["variant"] for r in rows} and all(float(r["seconds"]) > 0 for r in rows)
+    kinds = list(csv.DictReader(open(tmp_path / "divergences.csv")))
+    assert {r["divergence"] for r in kinds} == set(divergences.names()) and len(kinds) == 2 * len(divergences.names())
+    assert {"precision.csv", "memory.csv", "topk.csv"} <= {p.name for p in tmp_path.iterdir()}
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["torch"] == torch.__version__
+
+
+def test_shapes_can_be_shrunk():
+    plan = run.Plan(rows=64, vocab=500, dtypes=("bfloat16",))
+    assert {(s.rows, s.vocab, s.dtype) for s in plan.shapes()} == {(64, 500, "bfloat16")}
 
 
 def test_docs_are_written_between_the_marks(tmp_path):

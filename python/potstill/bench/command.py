@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "all"]
+
 
 @click.command()
-@click.argument("what", type=click.Choice(["losses", "topk", "cache", "all"]), default="all")
+@click.argument("what", type=click.Choice(WHAT), default="all")
 @click.option("--smoke", is_flag=True, help="Small shapes, two rounds: a check that everything runs, not figures.")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("out/bench"),
-    show_default=True,
-    help="Folder for CSV and JSON.",
-)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True,
+              help="Folder for CSV and JSON.")  # fmt: skip
 @click.option("--cache", "cache_path", type=click.Path(path_type=Path), default=Path("out/demo/cache"),
               show_default=True, help="The cache to measure; `potstill demo` writes this one.")  # fmt: skip
-@click.option(
-    "--threads", type=int, default=None, help="Threads of the loss benchmark; default: all cores. Top-k runs on one."
-)
+@click.option("--threads", type=int, default=None, help="Threads of the losses; default: all cores. Top-k runs on one.")
+@click.option("--rows", type=int, default=None, help="Rows of the loss shapes, instead of 512.")
+@click.option("--vocab", type=int, default=None, help="Vocabulary of the loss shapes, instead of 151,936.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16", "float16"]),
+              help="Only the loss shapes of this dtype; may be given twice.")  # fmt: skip
+@click.option("--limit", type=float, default=60.0, show_default=True,
+              help="Seconds: a variant one call of which takes longer is left out.")  # fmt: skip
+@click.option("--repeats", type=int, default=None, help="Rounds, instead of 5 (top-k: 7).")
 @click.option("--write-docs", is_flag=True, help="Put the tables into docs/performance.md and README.md.")
-def bench(what: str, smoke: bool, out: Path, cache_path: Path, threads: int | None, write_docs: bool) -> None:
-    """Measure losses, top-k and the cache beside their rivals, interleaved, after a check of the results."""
+def bench(what: str, out: Path, write_docs: bool, **options: Any) -> None:
+    """Measure losses, top-k and the cache beside their rivals, interleaved, after a check of the results.
+
+    Liger-Kernel and TRL are measured where they are installed (pip install "potstill[rivals]").
+    """
     from potstill.bench import run
 
-    results = run.run(what, smoke=smoke, cache_path=cache_path, threads=threads, note=click.echo)
+    results = run.run(what, run.Plan(**options), click.echo)
     run.save(results, out)
     click.echo(run.tables(results))
     if write_docs:

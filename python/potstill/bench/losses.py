@@ -1,115 +1,141 @@
-"""Losses on CPU: forward and backward beside eager PyTorch, torch.compile and the matrix products alone."""
+"""Losses on CPU: checked against fp64, then forward and backward in turns with rivals and the matrix products alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from potstill.bench.measure import Variant
-from potstill.extraction import topk
-from potstill.losses import linear_distill_loss
-from potstill.teachers import Head, HiddenTeacher, TopK
+from potstill.bench import rivals
+from potstill.bench.cases import Case, Loss, Shape, eager_gather_first
+from potstill.bench.measure import Variant, in_turns, peak_in_process, spread
 
+Row = dict[str, Any]
+Note = Callable[[str], Any]
 SHAPES = [
-    # name, form, rows, student hidden, teacher hidden, vocabulary
-    ("dense teacher, V=151,936", "dense", 512, 512, 1024, 151_936),
-    ("cached top-64, V=151,936", "sparse", 512, 512, 0, 151_936),
+    Shape("dense", 512, 1024, 2048, 151_936),
+    Shape("sparse", 512, 1024, 0, 151_936),
+    Shape("dense", 512, 1024, 2048, 151_936, "bfloat16"),
+    Shape("sparse", 512, 1024, 0, 151_936, "bfloat16"),
 ]
 SMOKE = [
-    ("dense teacher, V=4,001", "dense", 64, 32, 48, 4_001),
-    ("cached top-64, V=4,001", "sparse", 64, 32, 0, 4_001),
+    Shape("dense", 64, 32, 48, 4_001),
+    Shape("sparse", 64, 32, 0, 4_001),
+    Shape("dense", 64, 32, 48, 4_001, "bfloat16"),
 ]
+CHECKED = Shape("", 300, 48, 64, 33_001)  # rows over a chunk, V over a tile of everybody's
 
 
-def eager_dense(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-    """Forward KL as one writes it in plain PyTorch."""
-    log_q = (hidden @ weight.T).log_softmax(-1)
-    with torch.no_grad():
-        log_p = (teacher_hidden @ teacher_weight.T).log_softmax(-1)
-    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+def title(shape: Shape) -> str:
+    form = "dense teacher" if shape.form == "dense" else "cached top-64"
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[shape.dtype]
+    return f"{form}, {dtype}, V={shape.vocab:,}, {shape.rows:,} rows"
 
 
-def eager_sparse(hidden: Tensor, weight: Tensor, teacher: TopK) -> Tensor:
-    """Forward KL with a rest bucket in plain PyTorch: logits, log-softmax, gather, the rest's mass.
+def all_losses(case: Case, compiled: bool, gather_first: bool = False) -> tuple[dict[str, Loss], dict[str, str]]:
+    """({name: loss} of ours, eager PyTorch and the rivals, {name: why it is absent})."""
+    losses, skipped = rivals.found(case, compiled)
+    mine = case.losses()
+    if gather_first:
+        assert case.th is None
+        mine["eager, gather first"] = lambda: eager_gather_first(case.h, case.w, case.teacher)
+    return {**mine, **losses}, skipped
 
-    Gathering first and subtracting the log-sum-exp takes the same time and a third more memory (docs/measured.md).
+
+def variants(compiled: bool = False, gather_first: bool = False, **shape: Any) -> dict[str, Variant]:
+    """name -> forward and backward of one loss, returning its value; the gradients are dropped after each call.
+
+    "floor" runs the matrix products alone.
     """
-    return bucket_kl(torch.log_softmax(hidden @ weight.T, dim=-1).gather(-1, teacher.ids.long()), teacher)
+    case = Case(Shape(**shape))
+    losses, _ = all_losses(case, compiled, gather_first)
 
-
-def eager_gather_first(hidden: Tensor, weight: Tensor, teacher: TopK) -> Tensor:
-    """The same value from the gathered logits and the log-sum-exp."""
-    logits = hidden @ weight.T
-    return bucket_kl(logits.gather(-1, teacher.ids.long()) - logits.logsumexp(-1, keepdim=True), teacher)
-
-
-def bucket_kl(log_q: Tensor, teacher: TopK) -> Tensor:
-    """log_q [rows, K] of the teacher's entries -> forward KL over them and the rest, its mass by subtraction."""
-    log_q_rest = torch.log1p(-log_q.exp().sum(-1).clamp(max=1 - 1e-6))
-    assert teacher.log_rest is not None
-    inside = (teacher.log_probs.exp() * (teacher.log_probs - log_q)).sum(-1)
-    return (inside + teacher.log_rest.exp() * (teacher.log_rest - log_q_rest)).mean()
-
-
-def variants(
-    form: str,
-    rows: int,
-    hidden: int,
-    teacher_hidden: int,
-    vocab: int,
-    compiled: bool = False,
-    gather_first: bool = False,
-) -> dict[str, Variant]:
-    """name -> forward and backward of one loss, returning its value; "floor" runs the matrix products alone.
-
-    Random rows, about as peaked as a language model's. The gradients are dropped after each call.
-    """
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(rows, hidden, generator=g).requires_grad_()
-    w = (torch.randn(vocab, hidden, generator=g) * 2 / hidden**0.5).requires_grad_()
-    if form == "dense":
-        th = torch.randn(rows, teacher_hidden, generator=g)
-        tw = torch.randn(vocab, teacher_hidden, generator=g) * 2 / teacher_hidden**0.5
-        teacher: Any = HiddenTeacher(th, Head(tw))
-        eager = lambda: eager_dense(h, w, th, tw)  # noqa: E731
-        plain, arguments = eager_dense, (h, w, th, tw)
-    else:
-        teacher = topk(torch.randn(rows, vocab, generator=g) * 2, 64)
-        eager = lambda: eager_sparse(h, w, teacher)  # noqa: E731
-        plain, arguments = eager_sparse, (h, w, teacher)  # type: ignore[assignment]
-
-    def step(loss: Any) -> Variant:
+    def step(loss: Loss) -> Variant:
         def run() -> float:
             value = loss()
             value.backward()
-            h.grad = w.grad = None
+            case.h.grad = case.w.grad = None
             return float(value.detach())
 
         return run
 
-    logits, dh, dw = torch.empty(rows, vocab), torch.empty(rows, hidden), torch.empty(vocab, hidden)
+    return {**{name: step(loss) for name, loss in losses.items()}, **case.floors()}
 
-    @torch.no_grad()
-    def floor() -> None:
-        for i in range(0, rows, 256):
-            chunk = logits[: len(h[i : i + 256])]
-            if form == "dense":
-                torch.mm(th[i : i + 256], tw.T, out=chunk)
-            torch.mm(h[i : i + 256], w.T, out=chunk)
-            torch.mm(chunk, w, out=dh[i : i + 256])
-            dw.addmm_(chunk.T, h[i : i + 256], beta=0 if i == 0 else 1)
 
-    found = {
-        "potstill": step(lambda: linear_distill_loss(h, Head(w), teacher)),
-        "eager": step(eager),
-        "floor": floor,
-    }
-    if gather_first:
-        assert form == "sparse"
-        found["eager, gather first"] = step(lambda: eager_gather_first(h, w, teacher))
-    if compiled:
-        faster = torch.compile(plain)
-        found["torch.compile"] = step(lambda: faster(*arguments))
+def errors(case: Case, loss: Loss, truth: tuple[torch.Tensor, ...]) -> tuple[float, float, float]:
+    """Relative errors of (value, gradient by h, gradient by w) against the truth; gradients by norm."""
+    value = loss()
+    got = (value.detach(), *torch.autograd.grad(value, (case.h, case.w)))
+    off = [float(((a.double() - b).norm() / b.norm()).detach()) for a, b in zip(got, truth, strict=True)]
+    return off[0], off[1], off[2]
+
+
+def check(shape: Shape, compiled: bool) -> dict[str, str]:
+    """{name: what is wrong} of the variants whose value or gradients are off, on a smaller case of the same kind.
+
+    Right is: within 3 times eager PyTorch's own error against fp64 in the same dtype, plus 1e-5 (16 bits: 8 roundings).
+    """
+    case = Case(replace(CHECKED, form=shape.form, dtype=shape.dtype), seed=1)
+    losses, _ = all_losses(case, compiled)
+    truth = case.truth()
+    plain = errors(case, losses["eager"], truth)
+    floor = max(1e-5, 8 * torch.finfo(case.h.dtype).eps) if shape.dtype != "float32" else 1e-5
+    wrong = {}
+    for name, loss in losses.items():
+        try:
+            off = errors(case, loss, truth)
+        except Exception as error:  # a rival that fails is reported, not timed
+            wrong[name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        bad = [
+            f"{part} off by {e:.1e}, allowed {3 * p + floor:.1e}"
+            for part, e, p in zip(("value", "gradient of h", "gradient of the head"), off, plain, strict=True)
+            if not e <= 3 * p + floor
+        ]
+        if bad:
+            wrong[name] = "; ".join(bad)
+    return wrong
+
+
+def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: bool, note: Note) -> list[Row]:
+    """One row a variant: seconds, spread, ratios to the floor and to eager, peak bytes above inputs and gradients.
+
+    A variant whose check is red, or one call of which takes longer than `limit` seconds, is noted and has no row.
+    """
+    case = title(shape)
+    _, skipped = all_losses(Case(replace(shape, rows=8, vocab=128)), compiled)
+    for name, why in skipped.items():
+        note(f"{case}: {name} skipped: {why}")
+    wrong = check(shape, compiled)
+    for name, why in wrong.items():
+        note(f"{case}: {name} is RED and is not timed: {why}")
+    calls = {name: f for name, f in variants(compiled, **asdict(shape)).items() if name not in wrong}
+    seconds = in_turns(calls, repeats, limit=limit)
+    for name in calls.keys() - seconds.keys():
+        note(f"{case}: {name} not timed: one call takes more than {limit:.0f} s")
+    del calls
+    floors = [median(s) for name, s in seconds.items() if name.startswith("floor")]
+    floor = min(floors) if floors else None
+    eager = median(seconds["eager"]) if "eager" in seconds else None
+    found = []
+    for name, taken in seconds.items():
+        if name.startswith("floor"):
+            continue
+        middle = median(taken)
+        found.append({
+            "case": case, "variant": name, "seconds": middle, "spread": spread(taken), "repeats": len(taken),
+            "over_floor": middle / floor if floor else None, "over_eager": middle / eager if eager else None,
+            "peak_bytes": extra_peak(shape, name, compiled) if peaks else None, **asdict(shape),
+        })  # fmt: skip
     return found
+
+
+def extra_peak(shape: Shape, name: str, compiled: bool) -> int:
+    """Peak bytes of one call in a fresh process above what was resident before, less the two gradients it returns."""
+    arguments = {**asdict(shape), "compiled": compiled and "compile" in name, "choose": name}
+    size = getattr(torch, shape.dtype).itemsize
+    outputs = size * shape.hidden * (shape.rows + shape.vocab)
+    return peak_in_process("potstill.bench.losses:variants", arguments, torch.get_num_threads()) - outputs

@@ -6,6 +6,8 @@ name -> callable, and prints the peak bytes of the call that "choose" names, abo
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -22,16 +24,24 @@ from typing import Any
 Variant = Callable[[], Any]
 
 
-def in_turns(variants: dict[str, Variant], repeats: int = 5, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call; every round runs each variant once, the order reversed from round to round."""
+def in_turns(
+    variants: dict[str, Variant], repeats: int = 5, warm_up: int = 1, limit: float = float("inf")
+) -> dict[str, list[float]]:
+    """Seconds of each call; every round runs each variant once, the order reversed from round to round.
+
+    A variant whose last warm-up call took more than `limit` seconds is left out.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
     for round_ in range(warm_up + repeats):
+        names = list(seconds)
         for name in names if round_ % 2 else names[::-1]:
             start = time.perf_counter()
             variants[name]()
+            taken = time.perf_counter() - start
             if round_ >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
+            elif round_ == warm_up - 1 and taken > limit:
+                del seconds[name]
     return seconds
 
 
@@ -65,6 +75,9 @@ def resident() -> tuple[int, int]:
 
 def peak_bytes(call: Variant) -> int:
     """Peak resident bytes of one call above what was resident before it; for a process of its own."""
+    if sys.platform == "linux":  # what was freed goes back, or the call could use it unseen
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # resets the peak to what is resident
@@ -100,7 +113,8 @@ if __name__ == "__main__":
     arguments = json.loads(sys.argv[2])
     chosen = arguments.pop("choose")
     build = getattr(importlib.import_module(module), function)
-    small = build(**{**arguments, **{k: 8 for k in ("rows",) if k in arguments}})
-    small[chosen]()  # brings in libraries and thread pools, which are no part of the call's memory
-    del small
+    for few in (8, 16):  # libraries, thread pools and compiled code for any number of rows are no part of the call
+        small = build(**{**arguments, **{k: few for k in ("rows",) if k in arguments}})
+        small[chosen]()
+        del small
     print(json.dumps(peak_bytes(build(**arguments)[chosen])))

@@ -1,72 +1,86 @@
-"""Runs the benchmarks, and makes the tables from what they returned."""
+"""Runs the benchmarks and writes what they returned: CSV, JSON, and the tables of the docs."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from potstill.bench import cache, losses, topk
-from potstill.bench.measure import in_turns, machine, peak_in_process, spread
+from potstill.bench import cache, losses, objectives, rivals, topk
+from potstill.bench.cases import Shape
+from potstill.bench.measure import in_turns, machine, spread
+from potstill.bench.tables import tables
 
 Row = dict[str, Any]
+SECTIONS = ("losses", "divergences", "precision", "memory", "topk", "cache")
 MARK = ("<!-- figures: potstill bench --write-docs -->", "<!-- end of figures -->")
 
 
-def run(what: str, *, smoke: bool, cache_path: Path, threads: int | None, note: Callable[[str], Any]) -> Row:
-    """{"machine": ..., "losses": [row], "topk": [row], "cache": [row]}; a section that was not asked for is empty."""
-    found: Row = {"machine": machine(), "losses": [], "topk": [], "cache": []}
+@dataclass(frozen=True)
+class Plan:
+    """What to run. rows and vocab replace those of the loss shapes, dtypes keeps some of them; limit is in seconds."""
+
+    smoke: bool = False
+    threads: int | None = None
+    rows: int | None = None
+    vocab: int | None = None
+    dtypes: tuple[str, ...] = ()
+    limit: float = 60.0
+    repeats: int | None = None
+    cache_path: Path = Path("out/demo/cache")
+
+    def times(self, usual: int) -> int:
+        return self.repeats or (2 if self.smoke else usual)
+
+    def shapes(self) -> list[Shape]:
+        kept = [s for s in (losses.SMOKE if self.smoke else losses.SHAPES) if not self.dtypes or s.dtype in self.dtypes]
+        return [replace(s, rows=self.rows or s.rows, vocab=self.vocab or s.vocab) for s in kept]
+
+
+def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
+    """{"machine": ..., section: [row]}; a section that was not asked for is empty."""
+    found: Row = {"machine": {**machine(), "rivals": rivals.versions()}, **{name: [] for name in SECTIONS}}
     before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads or before)
     if what in ("losses", "all"):
-        torch.set_num_threads(threads or before)
-        for shape in losses.SMOKE if smoke else losses.SHAPES:
-            note(f"losses: {shape[0]}")
-            found["losses"] += loss_rows(*shape, repeats=2 if smoke else 5, compiled=not smoke)
+        for shape in plan.shapes():
+            note(f"losses: {losses.title(shape)}")
+            found["losses"] += losses.rows(
+                shape, repeats=plan.times(5), compiled=not plan.smoke, limit=plan.limit, peaks=True, note=note
+            )
+    if what in ("divergences", "all"):
+        for shape in plan.shapes():
+            if shape.dtype == "float32":
+                note(f"divergences: {losses.title(shape)}")
+                found["divergences"] += objectives.divergence_rows(shape, repeats=plan.times(5))
+    if what in ("precision", "all"):
+        note("precision: bf16 near convergence")
+        found["precision"] = objectives.precision_rows(**(dict(vocab=2_000, rows=16) if plan.smoke else {}))
+    if what in ("memory", "all"):
+        for shape in plan.shapes():
+            if shape.dtype == "float32":
+                note(f"memory: {losses.title(shape)}")
+                narrow = replace(shape, hidden=64, teacher_hidden=64 if shape.teacher_hidden else 0)
+                lengths = (shape.rows,) if plan.smoke else (512, 2048)
+                found["memory"] += objectives.memory_rows(narrow, lengths, compiled=not plan.smoke, note=note)
     if what in ("topk", "all"):
         torch.set_num_threads(1)
         for dtype, n, vocab, k, kind in topk.CASES:
             note(f"topk: {dtype}, k={k}, {kind}")
-            found["topk"] += _topk(dtype, 4 if smoke else n, vocab, k, kind, repeats=2 if smoke else 7)
+            found["topk"] += _topk(dtype, 4 if plan.smoke else n, vocab, k, kind, repeats=plan.times(7))
     torch.set_num_threads(before)
     if what in ("cache", "all"):
-        if cache_path.is_dir():
-            note(f"cache: {cache_path}")
-            found["cache"] = cache.figures(cache_path, repeats=2 if smoke else 5)
+        if plan.cache_path.is_dir():
+            note(f"cache: {plan.cache_path}")
+            found["cache"] = cache.figures(plan.cache_path, repeats=plan.times(5))
         else:
-            note(f"cache: skipped, {cache_path} is not there; `potstill demo` writes it, --cache names another")
-    return found
-
-
-def loss_rows(
-    name: str, form: str, rows: int, hidden: int, teacher_hidden: int, vocab: int, *, repeats: int, compiled: bool
-) -> list[Row]:
-    """One row a variant ("potstill", "eager", ...): seconds, spread, ratios to the floor and to eager, peak bytes."""
-    shape = dict(form=form, rows=rows, hidden=hidden, teacher_hidden=teacher_hidden, vocab=vocab)
-    calls = losses.variants(**shape, compiled=compiled)  # type: ignore[arg-type]
-    values = {label: call() for label, call in calls.items() if label != "floor"}
-    for label, value in values.items():
-        if abs(value - values["eager"]) > 1e-4 * abs(values["eager"]):
-            raise AssertionError(f"{name}: {label} gives {value}, eager {values['eager']}; nothing was timed")
-    seconds = in_turns(calls, repeats)
-    del calls
-    floor, eager = median(seconds["floor"]), median(seconds["eager"])
-    found = []
-    for label in values:
-        peak = None
-        if label != "torch.compile":  # the compiler's own memory would be counted
-            builder = "potstill.bench.losses:variants"
-            peak = peak_in_process(builder, {**shape, "choose": label}, torch.get_num_threads())
-        taken = median(seconds[label])
-        found.append({
-            "case": f"{name}, {rows} rows", "variant": label, "seconds": taken, "spread": spread(seconds[label]),
-            "over_floor": taken / floor, "over_eager": taken / eager, "peak_bytes": peak,
-            "value": values[label], **shape,
-        })  # fmt: skip
+            note(f"cache: skipped, {plan.cache_path} is not there; `potstill demo` writes it, --cache names another")
     return found
 
 
@@ -84,61 +98,11 @@ def _topk(dtype: torch.dtype, n: int, vocab: int, k: int, kind: str, *, repeats:
     ]  # fmt: skip
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(["| " + " | ".join(x) + " |" for x in [head, ["---"] * len(head), *rows]])
-
-
-def tables(found: Row) -> str:
-    """The sections as Markdown tables."""
-    parts = []
-    if found["losses"]:
-        rows = []
-        for r in found["losses"]:
-            peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:,.0f} MB"
-            rows.append(
-                [
-                    r["case"],
-                    r["variant"],
-                    f"{r['over_floor']:.2f}",
-                    f"{r['over_eager']:.2f}",
-                    f"{r['spread']:.0%}",
-                    peak,
-                ]
-            )
-        head = [
-            "loss, forward + backward, fp32",
-            "variant",
-            "time / GEMMs alone",
-            "time / eager",
-            "spread",
-            "peak memory",
-        ]
-        parts.append(_table(head, rows))
-    if found["topk"]:
-        rows = [
-            [r["case"], r["variant"], f"{r['speed_up']:.1f}x", f"{r['over_read']:.1f}", f"{r['spread']:.0%}"]
-            for r in found["topk"]
-            if r["variant"] != "read"
-        ]
-        head = ["top-k with log-sum-exp, one thread", "variant", "faster than torch", "time / one read", "spread"]
-        parts.append(_table(head, rows))
-    if found["cache"]:
-        rows = [
-            [r["case"], r["variant"], f"{r['bytes_per_token']:.0f}",
-             "" if r["tokens_per_second"] is None else f"{r['tokens_per_second'] / 1e6:.2f} M"]
-            for r in found["cache"]
-        ]  # fmt: skip
-        parts.append(_table(["cache", "variant", "bytes a token", "tokens/s decoded, one thread"], rows))
-    m = found["machine"]
-    made = f"Made on {m['cpu']}, {m['cores']} cores ({m['capability']}), torch {m['torch']}, potstill {m['potstill']}."
-    return "\n\n".join([*parts, made])
-
-
 def save(found: Row, out: Path) -> None:
     """bench.json, and a CSV for each section."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(found, indent=1))
-    for name in ("losses", "topk", "cache"):
+    for name in SECTIONS:
         if found[name]:
             with open(out / f"{name}.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, list(found[name][0]))

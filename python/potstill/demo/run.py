@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import platform
 import shutil
 import sys
@@ -19,7 +20,8 @@ import torch
 
 from potstill import __version__
 from potstill import cache as ps_cache
-from potstill.bench.run import loss_rows
+from potstill.bench import losses
+from potstill.bench.cases import Shape
 from potstill.capture.build import BuildReport, build
 from potstill.capture.models import load_model
 from potstill.capture.sequences import token_sequences
@@ -86,12 +88,12 @@ def run(out: Path, settings: Settings, say: Callable[[str], None] = print) -> di
         after = divergence_between(student, batches)
     say(f"  {after:.3f} nats a token")
 
-    shape = (settings.loss_rows, teacher.config.hidden_size, 0, teacher.config.vocab_size)
+    shape = Shape("sparse", settings.loss_rows, teacher.config.hidden_size, 0, teacher.config.vocab_size)
     layers = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     held_out_tokens = sum(b.ids.numel() for b in batches)
     del teacher, student, loaded, batches
     with _stage("measure", seconds, say, "the fused loss and eager PyTorch, taking turns"):
-        measured = loss_rows("demo", "sparse", *shape, repeats=settings.repeats, compiled=False)
+        measured = losses.rows(shape, repeats=settings.repeats, compiled=False, limit=math.inf, peaks=True, note=say)
 
     report = _report(settings, cache, (before, after), held_out_tokens, curve, measured, layers, seconds)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -203,7 +205,7 @@ def _report(
 ) -> dict[str, Any]:
     import transformers
 
-    fused, eager = measured  # as loss_rows orders them
+    fused, eager = measured  # as losses.rows orders them
     return {
         "teacher": cache.spec.teacher,
         "teacher_layers": layers[0],
