@@ -48,7 +48,7 @@ def table(only: str = "") -> str:
 
 def cell(verdict: str, said: str) -> str:
     said = said.replace("|", "/")
-    if verdict in ("wrong", "refused"):
+    if verdict not in ("", "right", "not offered"):
         return f"**{verdict}**: {said}"
     return f"{verdict}: {said}" if verdict else said
 

@@ -24,14 +24,17 @@ class Check:
     test: str  # this library's own test of the class
     run: Callable[[Subject], Result]
     fused_only: bool = False  # a question to losses that work from hidden states
+    failure: str = "wrong"  # the word for an answer that is not right
 
 
 CHECKS: list[Check] = []
 
 
-def check(name: str, inputs: str, test: str, fused_only: bool = False) -> Callable[..., Callable[[Subject], Result]]:
+def check(
+    name: str, inputs: str, test: str, fused_only: bool = False, failure: str = "wrong"
+) -> Callable[..., Callable[[Subject], Result]]:
     def enter(run: Callable[[Subject], Result]) -> Callable[[Subject], Result]:
-        CHECKS.append(Check(name, inputs, test, run, fused_only))
+        CHECKS.append(Check(name, inputs, test, run, fused_only, failure))
         return run
 
     return enter

@@ -48,6 +48,7 @@ def products(call: Callable[[], object]) -> list[tuple[tuple[int, ...], tuple[in
     "1,023 rows of V = 997 in chunks of 512, forward and backward; 512 rows of logits at once",
     "tests/test_bench.py::test_memory_is_measured_where_it_is_known",
     fused_only=True,
+    failure="larger",
 )
 def chunk_bound(subject: Subject) -> Result:
     s, t = pair(1023, 997, width=8)
@@ -107,6 +108,7 @@ def second(subject: Subject) -> Result:
     "gradient work nobody asked for",
     "256 rows, V = 997, D = 64, under no_grad: the 2 products of the logits",
     "tests/test_losses.py::test_pitfall_17_no_gradient_work_that_nobody_asked_for",
+    failure="more",
 )
 def no_grad(subject: Subject) -> Result:
     s, t = pair(256, 997, width=64)
@@ -119,6 +121,7 @@ def no_grad(subject: Subject) -> Result:
     "a frozen head",
     "as above with gradients for the hidden states only: no product makes a [V, D] gradient",
     "tests/test_losses.py::test_pitfall_17_no_gradient_work_that_nobody_asked_for",
+    failure="more",
 )
 def frozen(subject: Subject) -> Result:
     s, t = pair(256, 997, width=64)
@@ -181,15 +184,14 @@ def few(subject: Subject) -> Result:
     s, t = pair(0)
     try:
         loss = subject.loss(s, t)
-        zero = loss.item() == 0 and all(not g.any() for g in gradients(loss, s))
-        said = f"no row {loss.item()}"
     except Exception as error:
-        zero, said = False, f"no row raises {type(error).__name__}"
-    return one[0] and zero, f"one row {'right' if one[0] else one[1]}; {said}"
+        raise RuntimeError(f"one row {'right' if one[0] else one[1]}; no row raises {type(error).__name__}") from error
+    zero = loss.item() == 0 and all(not g.any() for g in gradients(loss, s))
+    return one[0] and zero, f"one row {'right' if one[0] else one[1]}; no row {loss.item()}"
 
 
 def answer(subject: Subject, which: Check) -> tuple[str, str]:
-    """("right" | "wrong" | "refused" | "not offered" | "", what was measured)."""
+    """("right", the failure's word, "refused", "not offered" or ""; what was measured)."""
     if which.fused_only and not subject.chunks:
         return "", "works on whole logits"
     try:
@@ -198,4 +200,4 @@ def answer(subject: Subject, which: Check) -> tuple[str, str]:
         return "not offered", str(reason)
     except Exception as error:
         return "refused", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:70]}"
-    return ("right" if right else "wrong"), said
+    return ("right" if right else which.failure), said
