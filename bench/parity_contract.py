@@ -186,8 +186,11 @@ def few(subject: Subject) -> Result:
         loss = subject.loss(s, t)
     except Exception as error:
         raise RuntimeError(f"one row {'right' if one[0] else one[1]}; no row raises {type(error).__name__}") from error
+    said = f"one row {'right' if one[0] else one[1]}; no row {loss.item()}"
+    if not loss.requires_grad:
+        return False, f"{said} without a gradient function"
     zero = loss.item() == 0 and all(not g.any() for g in gradients(loss, s))
-    return one[0] and zero, f"one row {'right' if one[0] else one[1]}; no row {loss.item()}"
+    return one[0] and zero, said
 
 
 def answer(subject: Subject, which: Check) -> tuple[str, str]:
