@@ -76,7 +76,7 @@ def gradients(loss: Tensor, side: Side) -> list[Tensor]:
 
 def off(got: list[Tensor], want: list[Tensor]) -> float:
     """Largest relative error by norm."""
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in zip(got, want, strict=True))
+    return max(((a - b).norm() / b.norm().clamp(min=1e-300)).item() for a, b in zip(got, want, strict=True))
 
 
 def against_truth(subject: Subject, s: Side, t: Side, bound: float, *, beta: float = 0.0, temperature: float = 1.0,

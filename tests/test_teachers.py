@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import potstill as ps
+import pytest
 import torch
 
 
