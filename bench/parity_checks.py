@@ -288,5 +288,5 @@ def none_valid(subject: Subject) -> Result:
     loss = subject.loss(s, t, torch.full((24,), -100))
     if not loss.requires_grad:
         return False, f"{loss.item()} without a gradient function; its backward raises"
-    largest = max(float(g.abs().max()) for g in gradients(loss, s))
+    largest = max(g.abs().max().item() for g in gradients(loss, s))
     return loss.item() == 0 and largest == 0, f"{loss.item()}, largest gradient {largest}"

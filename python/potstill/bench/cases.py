@@ -48,8 +48,9 @@ class Case:
             self.teacher: Any = HiddenTeacher(self.th, Head(self.tw))
         else:
             rows = [topk(torch.randn(n, shape.vocab, generator=g) * 2, 64) for n in chunk_sizes(shape.rows)]
-            parts = zip(*((r.ids, r.log_probs, r.log_rest) for r in rows), strict=True)
-            self.teacher = TopK(*(torch.cat(part) for part in parts))
+            rests = [r.log_rest for r in rows if r.log_rest is not None]
+            ids, log_probs = torch.cat([r.ids for r in rows]), torch.cat([r.log_probs for r in rows])
+            self.teacher = TopK(ids, log_probs, torch.cat(rests))
 
     def losses(self) -> dict[str, Loss]:
         """name -> the loss of this case; the rivals of other packages are in rivals.py."""

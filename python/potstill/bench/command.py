@@ -22,7 +22,7 @@ WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "all"]
 @click.option("--vocab", type=int, default=None, help="Vocabulary of the loss shapes, instead of 151,936.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16", "float16"]),
               help="Only the loss shapes of this dtype; may be given twice.")  # fmt: skip
-@click.option("--limit", type=float, default=60.0, show_default=True,
+@click.option("--limit", type=float, default=30.0, show_default=True,
               help="Seconds: a variant one call of which takes longer is left out.")  # fmt: skip
 @click.option("--repeats", type=int, default=None, help="Rounds, instead of 5 (top-k: 7).")
 @click.option("--write-docs", is_flag=True, help="Put the tables into docs/performance.md and README.md.")

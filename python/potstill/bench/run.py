@@ -31,7 +31,7 @@ class Plan:
     rows: int | None = None
     vocab: int | None = None
     dtypes: tuple[str, ...] = ()
-    limit: float = 60.0
+    limit: float = 30.0
     repeats: int | None = None
     cache_path: Path = Path("out/demo/cache")
 
