@@ -12,13 +12,17 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 V, D = 33, 8
-FORMS = ("hidden", "logits", "topk")
+FORMS = ("hidden", "logits", "topk", "mix", "masked")
 TEACHER_WEIGHT = torch.randn(V, 4, generator=torch.Generator().manual_seed(5))
 
 
 def teacher_of(form: str, parts: list[torch.Tensor]) -> Any:
     if form == "hidden":
         return ps.HiddenTeacher(parts[0], ps.Head(TEACHER_WEIGHT))
+    if form == "mix":
+        return ps.Mix([(1 - parts[1], ps.Student()), (parts[1], ps.LogitsTeacher(parts[0]))])
+    if form == "masked":
+        return ps.Masked(ps.LogitsTeacher(parts[0]), parts[1] / 10, 0.9, softness=0.05)
     return ps.LogitsTeacher(parts[0]) if form == "logits" else ps.TopK(*parts)
 
 
@@ -37,6 +41,8 @@ def inputs(form: str, n: int, seed: int = 0) -> tuple:
     parts = {
         "hidden": [torch.randn(n, 4, generator=g)],
         "logits": [logits],
+        "mix": [logits, torch.rand((), generator=g)],
+        "masked": [logits, torch.rand((), generator=g)],
         "topk": [top.ids, top.log_probs, top.log_rest],
     }
     labels = torch.randint(0, V, (n,), generator=g)
