@@ -49,6 +49,12 @@ struct TopkRows {
   Side logits;
   int32_t* ids;                           // [rows, k]
   void *log_probs, *log_rest, *lse;       // [rows, k], [rows], [rows]; fp64 for fp64 logits, else fp32
+  const int64_t* tokens;                  // [rows] or null; a negative one is missing
+  void* token_log_probs;                  // [rows], as lse
+  int32_t* token_ranks;                   // [rows]
+  const double* temperatures;             // [n_temperatures]
+  int64_t n_temperatures;
+  void* log_rest_at;                      // [n_temperatures, rows], as lse
 };
 
 // The entry points of one instruction set; each handles rows [begin, end).
