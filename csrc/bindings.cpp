@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -115,12 +116,40 @@ static void sparse_rows(int64_t rows, int64_t columns, const SideArgs& student, 
 }
 
 static void topk(int64_t rows, const SideArgs& logits, int64_t k, uintptr_t ids, uintptr_t log_probs, uintptr_t log_rest,
-                 uintptr_t lse, int threads) {
+                 uintptr_t lse, uintptr_t tokens, uintptr_t token_log_probs, uintptr_t token_ranks,
+                 const std::vector<double>& temperatures, uintptr_t log_rest_at, int threads) {
   TopkRows r{};
   r.rows = rows, r.k = k, r.logits = side(logits);
   r.ids = reinterpret_cast<int32_t*>(ids), r.log_probs = reinterpret_cast<void*>(log_probs);
   r.log_rest = reinterpret_cast<void*>(log_rest), r.lse = reinterpret_cast<void*>(lse);
+  r.tokens = reinterpret_cast<const int64_t*>(tokens), r.token_log_probs = reinterpret_cast<void*>(token_log_probs);
+  r.token_ranks = reinterpret_cast<int32_t*>(token_ranks), r.log_rest_at = reinterpret_cast<void*>(log_rest_at);
+  r.temperatures = temperatures.data(), r.n_temperatures = temperatures.size();
   loop(r, chosen()->topk, threads);
+}
+
+// results: log_probs, entropy, log_mass, lse; incoming: what comes in for the first three
+static void token_rows(int64_t rows, int64_t columns, const SideArgs& logits, uintptr_t tokens, uintptr_t subset,
+                       const std::array<uintptr_t, 4>& results, const std::array<uintptr_t, 3>& incoming, uintptr_t grad,
+                       int64_t grad_stride, int threads) {
+  TokenRows r{};
+  r.rows = rows, r.columns = columns, r.logits = side(logits);
+  r.tokens = reinterpret_cast<const int64_t*>(tokens), r.subset = reinterpret_cast<const uint8_t*>(subset);
+  r.log_probs = reinterpret_cast<void*>(results[0]), r.entropy = reinterpret_cast<void*>(results[1]);
+  r.log_mass = reinterpret_cast<void*>(results[2]), r.lse = reinterpret_cast<void*>(results[3]);
+  r.d_log_probs = reinterpret_cast<const void*>(incoming[0]), r.d_entropy = reinterpret_cast<const void*>(incoming[1]);
+  r.d_log_mass = reinterpret_cast<const void*>(incoming[2]);
+  r.grad = reinterpret_cast<void*>(grad), r.grad_stride = grad_stride;
+  loop(r, chosen()->tokens, threads);
+}
+
+static void sample_rows(int64_t rows, const SideArgs& logits, int64_t n, double temperature, uint64_t seed,
+                        int64_t first_row, uintptr_t ids, uintptr_t counts, uintptr_t log_probs, uintptr_t lse, int threads) {
+  SampleRows r{};
+  r.rows = rows, r.n = n, r.logits = side(logits), r.temperature = temperature, r.seed = seed, r.first_row = first_row;
+  r.ids = reinterpret_cast<int32_t*>(ids), r.counts = reinterpret_cast<int32_t*>(counts);
+  r.log_probs = reinterpret_cast<void*>(log_probs), r.lse = reinterpret_cast<void*>(lse);
+  loop(r, chosen()->sample, threads);
 }
 
 PYBIND11_MODULE(_cpp, m) {
@@ -128,6 +157,8 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("dense_rows", &dense_rows);
   m.def("sparse_rows", &sparse_rows);
   m.def("topk", &topk);
+  m.def("token_rows", &token_rows);
+  m.def("sample_rows", &sample_rows);
   m.def("divergences", [] {
     py::dict found;
     for (int i = 0; kDivergences[i].name; ++i) found[kDivergences[i].name] = kDivergences[i].parameters;

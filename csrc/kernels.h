@@ -57,12 +57,37 @@ struct TopkRows {
   void* log_rest_at;                      // [n_temperatures, rows], as lse
 };
 
+// What is asked about one given token of each row; any result address may be null.
+struct TokenRows {
+  int64_t rows, columns;  // columns: the logits' physical width
+  Side logits;
+  const int64_t* tokens;   // [rows] or null; a row with a negative one is not looked at: results 0, gradient 0
+  const uint8_t* subset;   // [vocab], 0 or 1; or null
+  void *log_probs, *entropy, *log_mass, *lse;           // [rows]; fp64 for fp64 logits, else fp32
+  const void *d_log_probs, *d_entropy, *d_log_mass;     // [rows], as above: what comes in for each result; or null
+  void* grad;  // [rows, columns] of the logits' dtype, may be the logits' own memory; or null
+  int64_t grad_stride;
+};
+
+// n draws a row from softmax(z / temperature), with replacement; see potstill/reference/sample.py for the numbers.
+struct SampleRows {
+  int64_t rows, n;
+  Side logits;
+  double temperature;
+  uint64_t seed;
+  int64_t first_row;         // the number of the first row
+  int32_t *ids, *counts;     // [rows, n]
+  void *log_probs, *lse;     // [rows, n], [rows]; fp64 for fp64 logits, else fp32
+};
+
 // The entry points of one instruction set; each handles rows [begin, end).
 struct Kernels {
   const char* name;
   void (*dense)(const DenseRows&, int64_t begin, int64_t end);
   void (*sparse)(const SparseRows&, int64_t begin, int64_t end);
   void (*topk)(const TopkRows&, int64_t begin, int64_t end);
+  void (*tokens)(const TokenRows&, int64_t begin, int64_t end);
+  void (*sample)(const SampleRows&, int64_t begin, int64_t end);
 };
 
 // Index of a divergence in the compiled table, or -1.

@@ -12,7 +12,7 @@
 #include <numeric>
 #include <vector>
 
-#include "topk_simd.h"
+#include "row_blocks.h"
 
 namespace potstill {
 namespace POTSTILL_ISA {
@@ -61,39 +61,6 @@ struct Key<double> {
     double v;
     std::memcpy(&v, &b, 8);
     return v;
-  }
-};
-
-// A row's blocks in the computing type: the row's own memory where it is that already, else `room`.
-template <class T, class C>
-struct Blocks {
-  const Side& side;
-  const T* x;
-  const bool as_it_is;
-  alignas(64) C room[kBlock];
-
-  Blocks(const Side& side, int64_t row)
-      : side(side),
-        x(static_cast<const T*>(side.data) + row * side.stride),
-        as_it_is(std::is_same<T, C>::value && side.scale == 1 && side.softcap == 0) {}
-
-  int64_t count() const { return (side.vocab + kBlock - 1) / kBlock; }
-  int64_t size(int64_t block) const { return std::min(kBlock, side.vocab - block * kBlock); }
-  POTSTILL_INLINE const C* read(int64_t block) {
-    const T* from = x + block * kBlock;
-    if (size(block) < kBlock)
-      read_block<T, C>(side, from, size(block), room);
-    else if (as_it_is)
-      return reinterpret_cast<const C*>(from);
-    else
-      read_block<T, C>(side, from, kBlock, room);
-    return room;
-  }
-  Ahead ahead(int64_t block) const { return {reinterpret_cast<const char*>(x + block * kBlock), sizeof(T)}; }
-  C one(int64_t j) {
-    C z[traits<typename vector_of<C>::type>::width];
-    read_block<T, C>(side, x + j, 1, z);
-    return z[0];
   }
 };
 

@@ -123,6 +123,8 @@ void topk(const TopkRows& call, int64_t begin, int64_t end) {
 
 void dense(const DenseRows&, int64_t, int64_t);
 void sparse(const SparseRows&, int64_t, int64_t);
+void tokens(const TokenRows&, int64_t, int64_t);
+void sample(const SampleRows&, int64_t, int64_t);
 
 }  // namespace POTSTILL_ISA
 
@@ -132,6 +134,7 @@ void sparse(const SparseRows&, int64_t, int64_t);
 #define POTSTILL_JOIN(a, b) POTSTILL_JOIN_(a, b)
 extern const Kernels POTSTILL_JOIN(kernels_, POTSTILL_ISA);
 const Kernels POTSTILL_JOIN(kernels_, POTSTILL_ISA) = {
-    POTSTILL_NAME(POTSTILL_ISA), POTSTILL_ISA::dense, POTSTILL_ISA::sparse, POTSTILL_ISA::topk};
+    POTSTILL_NAME(POTSTILL_ISA), POTSTILL_ISA::dense,  POTSTILL_ISA::sparse,
+    POTSTILL_ISA::topk,          POTSTILL_ISA::tokens, POTSTILL_ISA::sample};
 
 }  // namespace potstill

@@ -169,4 +169,4 @@ def test_bad_input_is_named():
         ps.linear_topk(torch.randn(2, 3), torch.randn(9, 4), 2)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         x = torch.randn(2, 10, requires_grad=True)
-        torch.ops.potstill.topk(x, 3, [10.0, 1.0, 0.0], "auto")[1].sum().backward()
+        torch.ops.potstill.topk(x, 3, [10.0, 1.0, 0.0], None, [], "auto")[1].sum().backward()

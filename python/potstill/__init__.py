@@ -12,10 +12,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from potstill import cache, capture, divergences, integrations
-    from potstill.extraction import linear_topk, topk
+    from potstill.extraction import linear_sample, linear_topk, sample, topk
     from potstill.losses import DistillLoss, LinearDistillLoss, distill_loss, linear_distill_loss
     from potstill.mixtures import Masked, Mix, OneHot, Student, Uniform
     from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, TopK
+    from potstill.tokens import TokenLogprobs, token_logprobs
 
 _NAMES = {
     "DistillLoss": "losses",
@@ -31,15 +32,19 @@ _NAMES = {
     "OneHot": "mixtures",
     "Student": "mixtures",
     "Uniform": "mixtures",
+    "linear_sample": "extraction",
     "linear_topk": "extraction",
+    "sample": "extraction",
     "topk": "extraction",
+    "TokenLogprobs": "tokens",
+    "token_logprobs": "tokens",
 }
 _MODULES = ("cache", "capture", "divergences", "integrations")
 
 __all__ = [
     "DistillLoss", "Head", "HiddenTeacher", "LinearDistillLoss", "LogitsTeacher", "Masked", "Mix", "OneHot", "Student",
-    "TopK", "Uniform", "cache", "capture", "distill_loss", "divergences", "integrations",
-    "linear_distill_loss", "linear_topk", "topk",
+    "TokenLogprobs", "TopK", "Uniform", "cache", "capture", "distill_loss", "divergences", "integrations",
+    "linear_distill_loss", "linear_sample", "linear_topk", "sample", "token_logprobs", "topk",
 ]  # fmt: skip
 
 

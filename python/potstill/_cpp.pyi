@@ -16,8 +16,17 @@ def sparse_rows(
     coef: int, labels: int, objective: _Objective, grad: int, grad_stride: int, out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def topk(
-    rows: int, logits: _Side, k: int, ids: int, log_probs: int, log_rest: int, lse: int, threads: int, /
-) -> None: ...
+    rows: int, logits: _Side, k: int, ids: int, log_probs: int, log_rest: int, lse: int, tokens: int,
+    token_log_probs: int, token_ranks: int, temperatures: list[float], log_rest_at: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def token_rows(
+    rows: int, columns: int, logits: _Side, tokens: int, subset: int, results: tuple[int, int, int, int],
+    incoming: tuple[int, int, int], grad: int, grad_stride: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def sample_rows(
+    rows: int, logits: _Side, n: int, temperature: float, seed: int, first_row: int, ids: int, counts: int,
+    log_probs: int, lse: int, threads: int, /,
+) -> None: ...  # fmt: skip
 def divergences() -> dict[str, int]:
     """Compiled divergences and the number of their parameters."""
 

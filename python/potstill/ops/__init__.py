@@ -1,3 +1,3 @@
 """torch.ops.potstill: importing registers every op."""
 
-from potstill.ops import extraction, losses  # noqa: F401
+from potstill.ops import extraction, losses, tokens  # noqa: F401
