@@ -40,12 +40,14 @@ POTSTILL_FN float widen_one(f16 x) {
   return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));  // subnormals come out right
 }
 POTSTILL_FN void widen(const f16* in, int64_t n, float* out) {
-  int64_t i = 0;
 #if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
+  const int64_t whole = n / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8)
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+#else
+  const int64_t whole = 0;
 #endif
-  for (; i < n; ++i) out[i] = widen_one(in[i]);
+  for (int64_t i = whole; i < n; ++i) out[i] = widen_one(in[i]);
 }
 
 POTSTILL_FN void narrow(const float* in, int64_t n, float* out) { std::memcpy(out, in, n * sizeof(float)); }

@@ -62,22 +62,27 @@ struct SampleRow {
     return plain.value();
   }
 
+  // exp(z / T) on the scale of `ends`, which the sum of a block corrects; exactly 0 for -inf
+  void weigh(const C* z, int64_t n, C* weight) {
+    const V f = lit<V>(1 / call.temperature), reference = lit<V>(references.back());
+    for (int64_t l = 0; l < n; l += traits<V>::width) store(weight + l, exp(load<V>(z + l) * f - reference));
+  }
+
   void draw(Blocks<T, C>& rows, uint64_t stream) {
     for (int64_t i = 0; i < call.n; ++i)
       uniforms[i] = static_cast<double>(mix(stream + static_cast<uint64_t>(i + 1) * kGolden) >> 11) * 0x1p-53 * ends.back();
     std::sort(uniforms.begin(), uniforms.end());
-    double weight[kBlock];
-    const double f = 1 / call.temperature;
+    alignas(64) C weight[kBlock];
     int64_t i = 0;
     for (int64_t b = 0; b < rows.count() && i < call.n; ++b) {
       const bool last = b + 1 == rows.count() || !(ends[b] < ends.back());
       if (!(uniforms[i] < ends[b]) && !last) continue;
       const int64_t n = rows.size(b);
       const C* z = rows.read(b);
+      weigh(z, n, weight);
       double total = 0;
       int64_t possible = 0;  // the last entry that can be drawn
       for (int64_t l = 0; l < n; ++l) {
-        weight[l] = std::exp(z[l] * f - references.back());
         total += weight[l];
         if (weight[l] > 0) possible = l;
       }

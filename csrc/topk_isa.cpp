@@ -10,7 +10,8 @@ constexpr int64_t kPause = 4;    // blocks between two samples
 // log(exp(a) + exp(b)) with NaN and infinities as the arguments say
 static double log_add(double a, double b) {
   const double top = std::max(a, b);
-  if (!(top > kNegInf) || top == -kNegInf || a != a) return a + b;
+  if (a != a || b != b || top == kNegInf) return a + b;
+  if (top == -kNegInf) return top;
   return top + std::log(std::exp(a - top) + std::exp(b - top));
 }
 

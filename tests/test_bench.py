@@ -114,7 +114,8 @@ def test_gradients_near_convergence():
 
 
 def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(topk, "CASES", [(torch.bfloat16, 2, 4000, 16, "gaussian")])
+    monkeypatch.setattr(topk, "CASES", [(torch.bfloat16, 16, "gaussian"), (torch.float32, 16, "ascending")])
+    monkeypatch.setattr(topk, "VOCAB", 4000)
     monkeypatch.setattr(losses, "SMOKE", [replace(s, vocab=900) for s in losses.SMOKE[:2]])
     monkeypatch.setattr(losses, "extra_peak", lambda *a: 1)
     monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, vocab=1001))

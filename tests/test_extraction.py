@@ -24,6 +24,10 @@ KINDS = (
     "nan",
     "inf",
     "zeros",
+    "sawtooth",
+    "two values",
+    "one high block",
+    "far",
 )
 
 
@@ -47,7 +51,28 @@ def rows(kind: str, n: int, v: int, seed: int = 0) -> torch.Tensor:
         x[0, v // 2] = x[-1, v // 3] = math.nan if kind == "nan" else math.inf
     if kind == "zeros":
         return torch.where(x > 0, 0.0, -0.0)
+    if kind == "sawtooth":
+        return sawtooth(v).expand(n, v).clone()
+    if kind == "two values":
+        return (x > 0).float()
+    if kind == "one high block":  # everything that counts is in one block of the kernel, the rest far below
+        x[:, -700:] += 300
+        return x - 150
+    if kind == "far":  # beyond what the fast exponential takes
+        return x * 1e6
     return x
+
+
+def sawtooth(v: int) -> torch.Tensor:
+    """[v]: ascends in the very order in which the C++ kernel visits blocks of 1,024, and inside them."""
+    blocks = (v + 1023) // 1024
+    step = max(1, int(blocks * 0.618))
+    while math.gcd(step, blocks) != 1:
+        step += 1
+    rank = torch.empty(blocks)
+    rank[torch.arange(blocks) * step % blocks] = torch.arange(blocks).float()
+    at = torch.arange(v)
+    return (rank[at // 1024] * 1024 + at % 1024) / 64
 
 
 def backends(device, dtype) -> list[str]:
@@ -88,8 +113,8 @@ VALUES = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.5, -math.inf, 60000.0, 1e-7])
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.integers(1, 300), st.integers(1, 3), st.sampled_from(DTYPES), st.sampled_from([1, 2]), st.integers(1, 8),
-    st.integers(0, 2**31), st.data(),
+    st.integers(1, 300) | st.integers(900, 9000), st.integers(1, 3), st.sampled_from(DTYPES), st.sampled_from([1, 2]),
+    st.integers(1, 8), st.integers(0, 2**31), st.data(),
 )  # fmt: skip
 def test_exact_by_hypothesis(v, n, dtype, step, distinct, seed, data):
     """Few distinct values, so that ties are everywhere; any k, width, padding and stride."""
@@ -98,14 +123,51 @@ def test_exact_by_hypothesis(v, n, dtype, step, distinct, seed, data):
     wide = torch.full((n * step, v + 3), 9.0, dtype=dtype)
     wide[::step, :v] = chosen[torch.randint(0, distinct, (n, v), generator=g)].to(dtype)
     vocab = data.draw(st.integers(1, v))
-    check(wide[::step], data.draw(st.integers(1, vocab)), "cpp", vocab)
+    check(wide[::step], data.draw(st.integers(1, min(vocab, 1024))), "cpp", vocab)
 
 
-def test_a_real_vocabulary():
-    x = rows("gaussian", 2, 151_936)
-    for k in (1, 64, 1024):
-        check(x, k, "cpp")
-        check(x.bfloat16(), k, "cpp")
+@pytest.mark.parametrize("kind", ["gaussian", "ascending", "descending", "equal", "third_banned", "sawtooth", "nan"])
+def test_real_vocabularies(kind):
+    """A multiple of nothing, and the largest; every k at which a buffer has another size."""
+    for v, ks in ((151_937, (1, 2, 63, 64, 65, 512, 1000, 1024)), (1 << 20, (64, 1024))):
+        x = rows(kind, 2, v)
+        for k in ks:
+            check(x, k, "cpp")
+        check(x.bfloat16(), 64, "cpp")
+
+
+def test_k_of_the_whole_row():
+    for v in (1, 2, 63, 64, 65, 512, 1000, 1024):
+        for kind in ("gaussian", "equal", "third_banned", "nan"):
+            check(rows(kind, 3, v), v, "cpp")
+
+
+@pytest.fixture
+def isa():
+    """isa(name) makes the C++ kernels run that instruction set until the test ends."""
+    from potstill import _cpp
+
+    before = _cpp.isa()
+    yield _cpp.use_isa
+    _cpp.use_isa(before)
+
+
+def test_every_instruction_set_finds_the_same(isa):
+    from potstill import _cpp
+
+    for dtype in DTYPES:
+        for kind in ("gaussian", "two values", "sawtooth", "nan", "far"):
+            x, ids = rows(kind, 3, 20_011).to(dtype), torch.tensor([0, 20_010, 7])
+            found = []
+            for name in _cpp.usable_isas():
+                isa(name)
+                check(x, 65, "cpp")
+                found.append((ps.topk(x, 65, ids=ids), ps.sample(x, 9, seed=1)))
+            for top, _ in found:
+                assert torch.equal(top.ids, found[0][0].ids) and torch.equal(top.token_ranks, found[0][0].token_ranks)
+            for _, drawn in found:
+                assert (drawn.ids != found[0][1].ids).sum() <= 2
+    assert set(_cpp.usable_isas()) >= {"base"}
 
 
 def test_the_rest_has_no_cancellation():
@@ -143,15 +205,18 @@ def test_no_rows():
 
 
 def test_threads_do_not_change_a_bit():
-    x, threads = rows("gaussian", 33, 2000), torch.get_num_threads()
+    x, ids, threads = rows("gaussian", 33, 20_000), torch.arange(33), torch.get_num_threads()
+    found = []
     try:
-        one = ps.topk(x, 17)
-        torch.set_num_threads(3)
-        more = ps.topk(x, 17)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(ps.topk(x, 17, ids=ids, temperatures=(2.0,)))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(one.ids, more.ids) and torch.equal(one.log_probs, more.log_probs)
-    assert torch.equal(one.log_rest, more.log_rest)
+    for more in found[1:]:
+        for name in ("ids", "log_probs", "log_rest", "lse", "token_log_probs", "token_ranks"):
+            assert torch.equal(getattr(found[0], name), getattr(more, name)), name
+        assert torch.equal(found[0].log_rest_at[2.0], more.log_rest_at[2.0])
 
 
 @pytest.mark.parametrize("k", [0, -1, 11, 1025, 2.0])

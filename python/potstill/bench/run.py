@@ -7,14 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from potstill.bench import cache, losses, objectives, rivals, topk
 from potstill.bench.cases import Shape
-from potstill.bench.measure import in_turns, machine, spread
+from potstill.bench.measure import machine
 from potstill.bench.tables import tables
 
 Row = dict[str, Any]
@@ -71,9 +70,8 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
                 found["memory"] += objectives.memory_rows(narrow, lengths, compiled=not plan.smoke, note=note)
     if what in ("topk", "all"):
         torch.set_num_threads(1)
-        for dtype, n, vocab, k, kind in topk.CASES:
-            note(f"topk: {dtype}, k={k}, {kind}")
-            found["topk"] += _topk(dtype, 4 if plan.smoke else n, vocab, k, kind, repeats=plan.times(7))
+        note("topk")
+        found["topk"] = topk.figures(smoke=plan.smoke, repeats=plan.times(7))
     torch.set_num_threads(before)
     if what in ("cache", "all"):
         if plan.cache_path.is_dir():
@@ -82,20 +80,6 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
         else:
             note(f"cache: skipped, {plan.cache_path} is not there; `potstill demo` writes it, --cache names another")
     return found
-
-
-def _topk(dtype: torch.dtype, n: int, vocab: int, k: int, kind: str, *, repeats: int) -> list[Row]:
-    x = topk.rows(kind, n, vocab, dtype)
-    topk.check(x[:4], k)
-    seconds = in_turns(topk.variants(x, k), repeats)
-    read, torch_seconds = median(seconds["read"]), median(seconds["torch"])
-    return [
-        {
-            "case": f"{str(dtype)[6:]}, k={k}, V={vocab:,}, {kind}", "variant": label, "seconds": median(taken),
-            "spread": spread(taken), "over_read": median(taken) / read, "speed_up": torch_seconds / median(taken),
-        }
-        for label, taken in seconds.items()
-    ]  # fmt: skip
 
 
 def save(found: Row, out: Path) -> None:

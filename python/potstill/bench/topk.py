@@ -1,39 +1,133 @@
-"""Top-k with log-sum-exp on CPU, one thread: beside torch.topk + torch.logsumexp and one read of the rows."""
+"""Top-k with log-sum-exp on CPU, one thread: beside torch, numpy and one read of the rows, on kind and hostile rows."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
 import torch
 
-from potstill.bench.measure import Variant
-from potstill.extraction import topk
+from potstill.bench.measure import Variant, in_turns, spread
+from potstill.extraction import linear_topk, topk
+from potstill.extraction_chunks import linear_chunks
+from potstill.kernels.cpp_topk import log_sum_exp
+from potstill.rows import Side
 
-CASES = [  # dtype, rows, vocabulary, k, kind
-    (torch.float32, 64, 151_936, 64, "gaussian"),
-    (torch.bfloat16, 64, 151_936, 64, "gaussian"),
-    (torch.float32, 64, 151_936, 512, "gaussian"),
-    (torch.float32, 64, 151_936, 64, "ascending"),
+VOCAB = 151_936
+CASES = [  # dtype, k, kind
+    (torch.float32, 64, "gaussian"),
+    (torch.bfloat16, 64, "gaussian"),
+    (torch.float32, 512, "gaussian"),
+    (torch.bfloat16, 512, "gaussian"),
+    (torch.float32, 64, "ascending"),
+    (torch.float32, 64, "all equal"),
+    (torch.float32, 64, "one third -inf"),
+    (torch.bfloat16, 64, "ascending"),
+    (torch.bfloat16, 64, "all equal"),
+    (torch.bfloat16, 64, "one third -inf"),
 ]
 
 
 def rows(kind: str, n: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Logits [n, vocab]."""
     if kind == "ascending":
         return (torch.arange(vocab) / vocab * 20).expand(n, vocab).to(dtype).contiguous()
-    return (torch.randn(n, vocab, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    if kind == "all equal":
+        return torch.ones(n, vocab, dtype=dtype)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, vocab, generator=g) * 3
+    if kind == "one third -inf":
+        x.masked_fill_(torch.rand(n, vocab, generator=g) < 1 / 3, -math.inf)
+    return x.to(dtype)
 
 
-def variants(x: torch.Tensor, k: int) -> dict[str, Variant]:
-    """name -> call; torch's log-sum-exp gets the fp32 copy of 16-bit logits that it needs to be right."""
+def read(x: torch.Tensor) -> Variant:
+    """One read of the rows."""
     words = x.view(torch.int64)
-    return {
+    return lambda: words.sum()
+
+
+def _torch_lse(x: torch.Tensor) -> torch.Tensor:
+    return torch.logsumexp(x.float(), -1)
+
+
+def variants(x: torch.Tensor, k: int, every: bool) -> dict[str, Variant]:
+    """name -> call; torch's log-sum-exp gets the fp32 copy of 16-bit logits that it needs to be right."""
+    lse = partial(_torch_lse, x)
+    calls: dict[str, Variant] = {
         "potstill": lambda: topk(x, k),
-        "torch": lambda: (torch.topk(x, k), torch.logsumexp(x.float(), -1)),
-        "read": lambda: words.max(),
+        "torch": lambda: (torch.topk(x, k), lse()),
+        "read": read(x),
     }
+    if every:
+        calls["torch, unsorted"] = lambda: (torch.topk(x, k, sorted=False), lse())
+        calls["numpy argpartition"] = lambda: (np.argpartition(x.numpy(), -k, axis=-1)[:, -k:], lse())
+    return calls
+
+
+def figures(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
+    """One row a case and variant: seconds, spread, ratios to a read, to torch and to the Gaussian rows."""
+    n = 4 if smoke else 64
+    found = []
+    for dtype, k, kind in CASES:
+        x, plain = rows(kind, n, VOCAB, dtype), rows("gaussian", n, VOCAB, dtype)
+        check(x[:4], k)
+        calls = variants(x, k, (dtype, k, kind) == CASES[0])
+        if kind != "gaussian":
+            calls["gaussian"] = partial(topk, plain, k)
+        found += _figures(f"{str(dtype)[6:]}, k={k}, V={VOCAB:,}, {kind}", in_turns(calls, repeats))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = rows("gaussian", n, VOCAB, dtype)
+        calls = {
+            "potstill": partial(log_sum_exp, x, Side(VOCAB)),
+            "torch": partial(_torch_lse, x),
+            "read": read(x),
+        }
+        found += _figures(f"{str(dtype)[6:]}, V={VOCAB:,}, log-sum-exp alone", in_turns(calls, repeats))
+    return found + linear_figures(8 if smoke else 128, repeats)
+
+
+def linear_figures(n: int, repeats: int) -> list[dict[str, Any]]:
+    """linear_topk over the same chunks' matrix products alone ("read" is these, in its rows)."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, 1024, generator=g), torch.randn(VOCAB, 1024, generator=g) / 10
+    chunk = max(1, n // 2)
+
+    def each(work: Any) -> None:
+        for _, logits in linear_chunks(hidden, weight, None, chunk, False):
+            work(logits)
+
+    calls: dict[str, Variant] = {
+        "potstill": lambda: linear_topk(hidden, weight, 64, chunk_rows=chunk),
+        "torch": lambda: each(lambda logits: (torch.topk(logits, 64), torch.logsumexp(logits, -1))),
+        "read": lambda: each(lambda logits: None),
+    }
+    rows = _figures(f"float32, k=64, linear_topk of {n} rows, D=1024", in_turns(calls, repeats))
+    return [{**row, "over_gemm": row.pop("over_read"), "over_read": None} for row in rows]
+
+
+def _figures(case: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    taken = {name: median(x) for name, x in seconds.items()}
+    return [
+        {
+            "case": case, "variant": name, "seconds": taken[name], "spread": spread(seconds[name]),
+            "over_read": taken[name] / taken["read"], "speed_up": taken["torch"] / taken[name],
+            "over_gaussian": taken[name] / taken["gaussian"] if "gaussian" in taken and name == "potstill" else None,
+            "over_gemm": None,
+        }
+        for name in taken
+        if name != "gaussian"
+    ]  # fmt: skip
 
 
 def check(x: torch.Tensor, k: int) -> None:
-    """Values and log-sum-exp agree with torch's before anything is timed."""
+    """Values and log-sum-exps agree with torch's before anything is timed."""
     ours = topk(x, k)
     lse = torch.logsumexp(x.double(), -1)
     values = torch.topk(x.double(), k).values - lse[:, None]
-    assert (ours.log_probs - values).abs().max() < 1e-5, "top-k differs from torch's"
+    alone = log_sum_exp(x, Side(x.shape[1]))
+    if (ours.log_probs - values).abs().max() >= 1e-5 or (alone - lse).abs().max() >= 1e-5:
+        raise AssertionError("top-k or the log-sum-exp differs from torch's; nothing was timed")
