@@ -144,6 +144,16 @@ def find_nvcc() -> Path | None:
     return None
 
 
+def named(mangled: str) -> tuple[str, str, int]:
+    """(kernel, variant, threads where the name says) of a kernel in csrc/."""
+    if found := re.search(r"\d([a-z]+)_rows_kernel\w*?\d+([a-z_]+)_functor", mangled):
+        return found[1], found[2], 0
+    if found := re.search(r"topk_kernelI(\w+?)Lb([01])ELi(\d+)E", mangled):
+        dtype = next(name for mark, name in (("bfloat16", "bf16"), ("half", "fp16"), ("f", "fp32")) if mark in found[1])
+        return "topk", f"{dtype}{'' if found[2] == '1' else ' softcap, ids, T'}", int(found[3])
+    return "", mangled, 0
+
+
 def compile_nvcc(job: tuple[str, str]) -> list[Result]:
     source, arch = job
     label, nvcc = f"nvcc {Path(source).name}", find_nvcc()
@@ -165,10 +175,10 @@ def compile_nvcc(job: tuple[str, str]) -> list[Result]:
     )
     results = []
     for mangled, stack, stores, loads, registers in found:
-        named = re.search(r"\d([a-z]+)_rows_kernel\w*?\d+([a-z_]+)_functor", mangled)
-        kernel, variant = named.groups() if named else ("", mangled)
+        kernel, variant, of = named(mangled)
         spills = int(stores) + int(loads)
-        results.append(Result(f"{label} {kernel}", variant, f"sm_{arch}", int(registers), int(stack), spills, threads))
+        resources = (int(registers), int(stack), spills, of or threads)
+        results.append(Result(f"{label} {kernel}", variant, f"sm_{arch}", *resources))
     return results or [Result(label, "all", f"sm_{arch}", error="ptxas reported no kernel")]
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda_rows.h"
+#include "cuda_topk.h"
 #include "divergences.inc"
 
 namespace py = pybind11;
@@ -76,10 +77,24 @@ static void sparse_rows(int64_t rows, int64_t columns, const SideArgs& student, 
   if (rows) check(launch_sparse(r, static_cast<Dtype>(std::get<2>(grad)), stream));
 }
 
+static void topk(int64_t rows, const SideArgs& logits, int64_t k, uintptr_t ids, uintptr_t log_probs, uintptr_t log_rest,
+                 uintptr_t lse, uintptr_t tokens, uintptr_t token_log_probs, uintptr_t token_ranks,
+                 const std::vector<double>& temperatures, uintptr_t log_rest_at, uintptr_t stream) {
+  TopkRows r{};
+  r.rows = rows, r.k = k, r.logits = side(logits), r.ids = reinterpret_cast<int32_t*>(ids);
+  r.log_probs = reinterpret_cast<void*>(log_probs), r.log_rest = reinterpret_cast<void*>(log_rest);
+  r.lse = reinterpret_cast<void*>(lse), r.tokens = reinterpret_cast<const int64_t*>(tokens);
+  r.token_log_probs = reinterpret_cast<void*>(token_log_probs), r.token_ranks = reinterpret_cast<int32_t*>(token_ranks);
+  r.temperatures = temperatures.data(), r.n_temperatures = static_cast<int64_t>(temperatures.size());
+  r.log_rest_at = reinterpret_cast<void*>(log_rest_at);
+  if (rows) check(launch_topk(r, stream));
+}
+
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of potstill over raw addresses; use them through potstill's ops.";
   m.def("dense_rows", &dense_rows);
   m.def("sparse_rows", &sparse_rows);
+  m.def("topk", &topk);
   m.def("divergences", [] {
     py::dict found;
     for (const Divergence& d : kDivergences) found[d.name] = d.parameters;

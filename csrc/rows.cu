@@ -1,9 +1,5 @@
 // The row kernels in CUDA: one block of threads a row, the logic in cuda_row_logic.h, a kernel for each formula.
-#include <cuda_runtime.h>
-
-#include <cstdio>
-#include <type_traits>
-
+#include "cuda_block.cuh"
 #include "cuda_row_logic.h"
 #include "cuda_rows.h"
 
@@ -11,67 +7,24 @@ namespace potstill {
 namespace gpu {
 
 constexpr int kThreads = 512;  // 4096 columns at a time
-constexpr int kWarps = kThreads / 32;
-
-struct DeviceBlock {
-  int thread, threads;
-  char* memory;
-  float* slots;  // [kWarps + 1][3] in shared memory
-
-  __device__ void sync() const { __syncthreads(); }
-
-  template <class T, class Op>
-  __device__ T reduce(T x, Op op) const {
-    constexpr int n = sizeof(T) / sizeof(float);
-    static_assert(std::is_trivially_copyable_v<T> && n <= 3);
-    for (int offset = 16; offset; offset /= 2) {
-      float words[n];
-      memcpy(words, &x, sizeof(T));
-      for (int i = 0; i < n; ++i) words[i] = __shfl_down_sync(0xffffffff, words[i], offset);
-      T other;
-      memcpy(&other, words, sizeof(T));
-      x = op(x, other);
-    }
-    if (thread % 32 == 0) memcpy(slots + thread / 32 * 3, &x, sizeof(T));
-    __syncthreads();
-    if (thread == 0) {
-      for (int warp = 1; warp < kWarps; ++warp) {
-        T other;
-        memcpy(&other, slots + warp * 3, sizeof(T));
-        x = op(x, other);
-      }
-      memcpy(slots + kWarps * 3, &x, sizeof(T));
-    }
-    __syncthreads();  // the next reduction writes other slots before it reaches its own first barrier
-    memcpy(&x, slots + kWarps * 3, sizeof(T));
-    return x;
-  }
-};
+using Block = DeviceBlock<kThreads>;
 
 template <class F>
 __global__ void __launch_bounds__(kThreads, 2) dense_rows_kernel(const DenseRows call, const Dtype grad, const F formula) {
-  __shared__ float slots[(kWarps + 1) * 3];
-  DeviceBlock block{static_cast<int>(threadIdx.x), kThreads, nullptr, slots};
+  __shared__ uint32_t slots[Block::kSlots];
+  Block block{static_cast<int>(threadIdx.x), kThreads, nullptr, slots};
   dense_row(block, call, grad, formula, static_cast<int64_t>(blockIdx.x));
 }
 
 template <class F>
 __global__ void __launch_bounds__(kThreads, 2) sparse_rows_kernel(const SparseRows call, const Dtype grad, const F formula) {
-  __shared__ float slots[(kWarps + 1) * 3];
+  __shared__ uint32_t slots[Block::kSlots];
   extern __shared__ char memory[];
-  DeviceBlock block{static_cast<int>(threadIdx.x), kThreads, memory, slots};
+  Block block{static_cast<int>(threadIdx.x), kThreads, memory, slots};
   uint32_t* mask = reinterpret_cast<uint32_t*>(memory);
   for (int64_t i = threadIdx.x; i < (call.student.vocab + 127) / 128 * 4; i += kThreads) mask[i] = 0;
   __syncthreads();
   sparse_row(block, call, grad, formula, static_cast<int64_t>(blockIdx.x));
-}
-
-// The last error's sentence; lives until the thread's next one.
-static const char* sentence(cudaError_t error, const char* what) {
-  static thread_local char text[256];
-  if (error == cudaSuccess) return nullptr;
-  std::snprintf(text, sizeof text, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
-  return text;
 }
 
 }  // namespace gpu
