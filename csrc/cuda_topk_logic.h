@@ -126,6 +126,7 @@ struct TopkRow {
     return start + chunk * (Block::kTeam * kColumns) + e / Row::kWide * (Block::kTeam * Row::kWide) + e % Row::kWide;
   }
   POTSTILL_METHOD float z(int e) const {
+    if (!Plain && !row.has(column(at, e))) return -infinity();  // a softcap or a scale below 0 makes something else of it
     return logit<Plain>(call.logits, widen(packs[e / Row::kWide].x[e % Row::kWide]));
   }
   POTSTILL_METHOD void load() {

@@ -7,7 +7,7 @@ namespace potstill {
 namespace gpu {
 
 constexpr int kThreads = 512;  // 16,384 columns a round
-constexpr int kFewerThreads = 256;  // with more to keep in registers
+constexpr int kFewerThreads = 256;  // where there is more to keep in registers: 32 columns of fp32, five sums
 
 template <class T, bool Plain, int Threads>
 __global__ void __launch_bounds__(Threads, 2) topk_kernel(const __grid_constant__ TopkPlan plan) {
@@ -26,7 +26,7 @@ const char* launch_topk(const TopkRows& call, uintptr_t stream) {
   const char* error = nullptr;
   gpu::with_topk_kind(plan, [&](auto type, auto plain) {
     constexpr bool kPlain = decltype(plain)::value;
-    constexpr int kCount = kPlain ? gpu::kThreads : gpu::kFewerThreads;
+    constexpr int kCount = kPlain && sizeof type == 2 ? gpu::kThreads : gpu::kFewerThreads;
     const auto kernel = gpu::topk_kernel<decltype(type), kPlain, kCount>;
     const int memory = gpu::topk_memory(static_cast<int>(call.k), kCount);
     error = gpu::sentence(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory),

@@ -27,7 +27,7 @@ def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Te
     x = cuda._unit_columns(logits)
     ids = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     log_probs = torch.empty(len(x), k, dtype=torch.float32, device=x.device)
-    log_rest, lse = torch.empty_like(log_probs[:, 0]), torch.empty_like(log_probs[:, 0])
+    log_rest, lse = log_probs.new_empty(len(x)), log_probs.new_empty(len(x))
     with torch.cuda.device_of(x):
         cuda._cuda.topk(
             len(x), cuda._side(x, side), k, ids.data_ptr(), log_probs.data_ptr(), log_rest.data_ptr(), lse.data_ptr(),

@@ -1,12 +1,8 @@
 """Triton row kernels against the fp64 oracle, interpreted (see ../test_triton_rows.py) and on a GPU."""
 
-import importlib.util
 import os
 import shutil
-import subprocess
-import sysconfig
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,30 +34,6 @@ TARGETS = [
 NEG_INF = float("-inf")
 R, V, PADDED, K = 3, 301, 311, 7
 FORMS = ["dense", *TAILS]
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="session")
-def host_rows(tmp_path_factory):
-    """potstill._cuda with its rows on the host: csrc/cuda_bindings.cpp and ../host_rows.cpp."""
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("host_rows")
-    include = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = "-O0 -std=c++17 -fPIC -fvisibility=hidden -pthread".split() + [f"-I{path}" for path in include]
-    sources = [ROOT / "csrc/cuda_bindings.cpp", ROOT / "tests/kernels/host_rows.cpp"]
-    objects = [folder / f"{source.stem}.o" for source in sources]
-    jobs = [
-        subprocess.Popen(["g++", *flags, "-c", source, "-o", target])
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    assert [job.wait() for job in jobs] == [0, 0]
-    library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", library], check=True)
-    spec = importlib.util.spec_from_file_location("potstill._cuda", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=TARGETS)
@@ -74,7 +46,7 @@ def target(request, monkeypatch):
         monkeypatch.setattr(triton_rows, "DENSE_BLOCK", 256)
         monkeypatch.setattr(triton_rows, "SPARSE_BLOCK", 256)
     if request.param == ("cuda", "cpu"):
-        monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("host_rows"))
+        monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("host_cuda"))
         monkeypatch.setattr(cuda, "stream_of", lambda x: 0)
     return request.param
 

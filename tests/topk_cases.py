@@ -1,0 +1,60 @@
+"""Rows that have broken a top-k before, and the fp64 truth they are held to."""
+
+import math
+
+import torch
+
+KINDS = (
+    "gaussian", "heavy", "ascending", "descending", "equal", "steps", "third_banned", "almost_all_banned", "nan",
+    "all_nan", "inf", "zeros", "lowest",
+)  # fmt: skip
+
+
+def rows(kind: str, n: int, v: int, seed: int = 0) -> torch.Tensor:
+    """[n, v] fp32"""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, v, generator=g) * 3
+    ramp = torch.arange(v).float().expand(n, v) / 64
+    if kind == "heavy":
+        return x / torch.randn(n, v, generator=g)
+    if kind in ("ascending", "descending"):
+        return ramp.clone() if kind == "ascending" else -ramp
+    if kind == "equal":
+        return torch.ones(n, v)
+    if kind == "steps":  # ties across any k
+        return (x / 2).round()
+    if kind == "third_banned":
+        return x.masked_fill(torch.rand(n, v, generator=g) < 1 / 3, -math.inf)
+    if kind == "almost_all_banned":
+        y = torch.full((n, v), -math.inf)
+        y[1:, v // 2] = 1.0  # and row 0 has nothing at all
+        return y
+    if kind in ("nan", "inf"):
+        x[0, v // 2] = x[-1, v // 3] = math.nan if kind == "nan" else math.inf
+        x[0, v // 4] = -x[0, v // 2]  # of either sign
+    if kind == "all_nan":
+        x[0] = math.nan
+    if kind == "zeros":
+        return torch.where(x > 0, 0.0, -0.0)
+    if kind == "lowest":  # what masks are often filled with
+        return torch.where(x > 3, x, torch.finfo(torch.float32).min)
+    return x
+
+
+def check(found, x: torch.Tensor, k: int, side=None, kind: str = "") -> None:
+    """ids exactly, and the rest within a few roundings, of a stable sort in fp64. found: ids, log_probs, log_rest, lse."""
+    ids, log_probs, log_rest, lse = found[:4]
+    z = x.double() if side is None else x.float()[:, : side.vocab_size] * side.scale
+    if side is not None and side.softcap:
+        z = side.softcap * torch.tanh(z / side.softcap)
+    z = z.double()
+    values, order = z.sort(dim=-1, descending=True, stable=True)
+    assert ids.dtype == torch.int32 and torch.equal(ids.long(), order[:, :k]), kind
+    truth = z.logsumexp(-1)
+    scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
+    # log-probabilities are differences from the log-sum-exp, whose own rounding is part of them
+    close = dict(equal_nan=True, check_dtype=False, rtol=16 * 1.2e-7, atol=(32 + scale) * 1.2e-7)
+    torch.testing.assert_close(lse, truth, **close)
+    torch.testing.assert_close(log_probs, values[:, :k] - truth[:, None], **close)
+    rest = values[:, k:].logsumexp(-1) if k < z.shape[1] else torch.full_like(truth, -math.inf)
+    torch.testing.assert_close(log_rest, rest - truth, **close)
