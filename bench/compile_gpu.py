@@ -76,15 +76,21 @@ def triton_variants() -> list[tuple[str, str, str, str, tuple[tuple[str, object]
     variants.append(("sparse", "jsd", "bf16", "bucket K=1023", (("ENTRIES", 1024),)))
     variants.append(("sparse", "jsd", "bf16", "renormalize", (("TAIL", "renormalize"),)))
     variants.append(("sparse", "jsd", "bf16", "drop", (("TAIL", "drop"),)))
+    for dtype in ("bf16", "fp16", "fp32"):
+        variants.append(("topk", "", dtype, "k=64", ()))
+    variants.append(("topk", "", "bf16", "k=1024", (("LIST", 2048),)))
+    variants.append(("topk", "", "bf16", "k=64 softcap", (("SOFTCAP", True),)))
+    variants.append(("more", "", "bf16", "ids, T", ()))
     return variants
 
 
 def parameter_type(name: str, dtype: str, values: int) -> str | tuple[str, ...]:
     """The type of a kernel's parameter in Triton's words, by its name."""
-    exact = {"p_ids": "*i32", "p_sorted": "*i32", "p_labels": "*i64", "values": ("fp32",) * values}
+    exact: dict[str, str | tuple[str, ...]] = {"values": ("fp32",) * values, "p_labels": "*i64", "p_tokens": "*i64"}
+    exact |= dict.fromkeys(("p_ids", "p_sorted", "p_list", "p_ranks"), "*i32")
     if name in exact:
         return exact[name]
-    if name in ("p_student", "p_teacher", "p_grad"):
+    if name in ("p_student", "p_teacher", "p_grad", "p_logits"):
         return f"*{dtype}"
     if name.startswith("p_"):
         return "*fp32"
@@ -95,20 +101,24 @@ def compile_triton(job: tuple[str, str, str, str, tuple[tuple[str, object], ...]
     kernel, name, dtype, special, different, arch = job
     import triton
     from potstill import divergences
-    from potstill.kernels import triton_rows
+    from potstill.kernels import triton_rows, triton_topk
     from potstill.kernels.triton_formula import device_function
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    entry = divergences.TABLE[name]
-    function = {"dense": triton_rows.dense_kernel, "sparse": triton_rows.sparse_kernel}[kernel]
-    block = {"dense": triton_rows.DENSE_BLOCK, "sparse": triton_rows.SPARSE_BLOCK}[kernel]
-    shape = triton_rows.launch_shape(151936, block)
+    entry = divergences.TABLE[name or "forward_kl"]
+    function, shape = {
+        "dense": (triton_rows.dense_kernel, triton_rows.launch_shape(151936, triton_rows.DENSE_BLOCK)),
+        "sparse": (triton_rows.sparse_kernel, triton_rows.launch_shape(151936, triton_rows.SPARSE_BLOCK)),
+        "topk": (triton_topk.topk_kernel, triton_topk.launch_shape(151936, 64)),
+        "more": (triton_topk.more_kernel, triton_topk.launch_shape(151936, 64)),
+    }[kernel]
     options = {name: shape.pop(name) for name in ("num_warps", "maxnreg")}
     constants = {
         "FORMULA": device_function(entry.formula), "OUTER": entry.outer and device_function(entry.outer),
         "TEMPERED": True, "CE": True, "GRAD": True,
         "STUDENT_CAP": False, "TEACHER_CAP": False, "SOFTCAP": False, "TAIL": "bucket", "ENTRIES": 128,
+        "TOKENS": True, "REST": True,
     } | shape | dict(different)  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
     signature = {

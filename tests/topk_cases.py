@@ -3,6 +3,7 @@
 import math
 
 import torch
+from potstill.rows import Side
 
 KINDS = (
     "gaussian", "heavy", "ascending", "descending", "equal", "steps", "third_banned", "almost_all_banned", "nan",
@@ -41,15 +42,12 @@ def rows(kind: str, n: int, v: int, seed: int = 0) -> torch.Tensor:
     return x
 
 
-def check(found, x: torch.Tensor, k: int, side=None, kind: str = "") -> None:
+def check(found, x: torch.Tensor, k: int, vocab: int | None = None, what: str = "") -> None:
     """ids exactly, and the rest within a few roundings, of a stable sort in fp64. found: ids, log_probs, log_rest, lse."""
     ids, log_probs, log_rest, lse = found[:4]
-    z = x.double() if side is None else x.float()[:, : side.vocab_size] * side.scale
-    if side is not None and side.softcap:
-        z = side.softcap * torch.tanh(z / side.softcap)
-    z = z.double()
+    z = x[:, :vocab].double()
     values, order = z.sort(dim=-1, descending=True, stable=True)
-    assert ids.dtype == torch.int32 and torch.equal(ids.long(), order[:, :k]), kind
+    assert ids.dtype == torch.int32 and torch.equal(ids.long(), order[:, :k]), what
     truth = z.logsumexp(-1)
     scale = truth[truth.isfinite()].abs().max().item() if truth.isfinite().any() else 0.0
     # log-probabilities are differences from the log-sum-exp, whose own rounding is part of them
@@ -58,3 +56,37 @@ def check(found, x: torch.Tensor, k: int, side=None, kind: str = "") -> None:
     torch.testing.assert_close(log_probs, values[:, :k] - truth[:, None], **close)
     rest = values[:, k:].logsumexp(-1) if k < z.shape[1] else torch.full_like(truth, -math.inf)
     torch.testing.assert_close(log_rest, rest - truth, **close)
+
+
+def check_side(found, x: torch.Tensor, k: int, side: Side) -> None:
+    """Scale and softcap: tanh differs by a rounding between libraries, so values are compared, not ids."""
+    ids, log_probs, log_rest, lse = found[:4]
+    z = x[:, : side.vocab_size].float() * side.scale
+    z = side.softcap * torch.tanh(z / side.softcap) if side.softcap else z
+    got = z.gather(1, ids.long())
+    assert (ids.long().sort(-1).values.diff(dim=-1) > 0).all()  # k different ones
+    torch.testing.assert_close(got, z.sort(dim=-1, descending=True).values[:, :k], rtol=4e-7, atol=0)
+    close = dict(check_dtype=False, rtol=2e-6, atol=8e-6)
+    torch.testing.assert_close(lse, z.double().logsumexp(-1), **close)
+    torch.testing.assert_close(log_probs, got - lse[:, None], **close)
+    torch.testing.assert_close(log_rest, z.double().scatter(1, ids.long(), -math.inf).logsumexp(-1) - lse, **close)
+
+
+def check_with(found, x: torch.Tensor, k: int, tokens: torch.Tensor | None, temperatures: list[float]) -> None:
+    """What topk_with adds: the token's log-probability and rank, the rest at each temperature."""
+    check(found, x, k)
+    token_log_probs, ranks, at = found[4:]
+    z, close = x.double(), dict(check_dtype=False, rtol=4e-6, atol=1e-5)
+    if tokens is None:
+        assert token_log_probs.shape == ranks.shape == (0,)
+    else:
+        own = z.gather(1, tokens.clamp_min(0)[:, None])
+        expected = torch.where(tokens < 0, -math.inf, own[:, 0] - z.logsumexp(-1))
+        torch.testing.assert_close(token_log_probs, expected, **close)
+        assert ranks.dtype == torch.int32
+        assert ranks.tolist() == torch.where(tokens < 0, -1, (z > own).sum(1)).tolist()
+    assert at.shape == ((len(x), len(temperatures)) if temperatures else (0, 0))
+    for t, temperature in enumerate(temperatures):
+        scaled = z / temperature
+        rest = scaled.scatter(1, found[0].long(), -math.inf).logsumexp(-1) - scaled.logsumexp(-1)
+        torch.testing.assert_close(at[:, t], rest, **close)

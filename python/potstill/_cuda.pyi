@@ -16,6 +16,12 @@ def sparse_rows(
     rows: int, columns: int, student: _Side, ids: int, log_probs: int, log_rest: int, weights: int, k: int, tail: int,
     coef: int, labels: int, objective: _Objective, grad: _Grad, out: int, stream: int, /,
 ) -> None: ...  # fmt: skip
+def topk(
+    rows: int, logits: _Side, k: int, ids: int, log_probs: int, log_rest: int, lse: int, tokens: int,
+    token_log_probs: int, token_ranks: int, temperatures: list[float], log_rest_at: int, stream: int, /,
+) -> None:  # fmt: skip
+    """ids and token_ranks are int32, tokens int64, the rest fp32; log_rest_at is [temperatures, rows], of at most 4."""
+
 def divergences() -> dict[str, int]:
     """Compiled divergences and the number of their parameters."""
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from potstill.dispatch import Facts
 from potstill.kernels import cuda, cuda_topk
 from potstill.rows import Side
-from ..topk_cases import KINDS, check, rows
+from ..topk_cases import KINDS, check, check_side, check_with, rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = {"64 threads": 0, "3 threads": 1, "20 threads in teams of 4": 2}
@@ -36,7 +36,7 @@ def test_exact(topk, poisoned, kind, block):
             x = rows(kind, 2, v, seed=v).to(dtype)
             for k in (1, 3, 64, 1000):
                 if k <= v:
-                    check(topk(x, k, block=block), x, k, kind=f"{dtype} {v} {k}")
+                    check(topk(x, k, block=block), x, k, what=f"{dtype} {v} {k}")
 
 
 @pytest.mark.parametrize("k", [1, 2, 31, 64, 65, 255, 512, 777, 1023, 1024])
@@ -111,7 +111,7 @@ def test_exact_by_hypothesis(host_cuda, data):
         patch.setattr(cuda, "_cuda", host_cuda)
         patch.setattr(cuda, "stream_of", lambda x: 8 + block)
         found = cuda_topk.topk(wide[::step], k, Side(vocab))
-    check(found, wide[::step], k, Side(vocab))
+    check(found, wide[::step], k, vocab)
 
 
 def test_scale_and_softcap_order_by_the_logits_they_make(topk):
@@ -119,16 +119,7 @@ def test_scale_and_softcap_order_by_the_logits_they_make(topk):
     x = rows("gaussian", 2, 1500) * 20
     for side in (Side(1400, 0.5, 3.0), Side(1500, -2.0, 0.0), Side(1500, 0.25, 30.0)):
         for block in BLOCKS.values():
-            ids, log_probs, log_rest, lse = topk(x, 40, side=side, block=block)
-            z = x[:, : side.vocab_size] * side.scale
-            z = side.softcap * torch.tanh(z / side.softcap) if side.softcap else z
-            got = z.gather(1, ids.long())
-            # tanhf differs by a rounding between libraries: values, not ids
-            torch.testing.assert_close(got, z.sort(dim=-1, descending=True).values[:, :40], rtol=3e-7, atol=0)
-            torch.testing.assert_close(lse, z.double().logsumexp(-1), check_dtype=False, rtol=2e-6, atol=4e-6)
-            torch.testing.assert_close(log_probs, got - lse[:, None], rtol=2e-6, atol=8e-6)
-            outside = z.double().scatter(1, ids.long(), -math.inf).logsumexp(-1) - lse
-            torch.testing.assert_close(log_rest, outside, check_dtype=False, rtol=2e-6, atol=8e-6)
+            check_side(topk(x, 40, side=side, block=block), x, 40, side)
 
 
 def test_the_rest_has_no_cancellation(topk):
@@ -145,31 +136,17 @@ def test_the_rest_has_no_cancellation(topk):
             assert rest == pytest.approx(truth.item(), rel=1e-6)
 
 
-def test_tokens_and_temperatures(host_cuda):
+@pytest.mark.parametrize("temperatures", [[], [0.5], [0.5, 2.0, 7.0, 1.5, 3.0]], ids=str)
+@pytest.mark.parametrize("named", [True, False])
+def test_tokens_and_temperatures(topk, named, temperatures):
     """The realised token's log-probability and rank, and the rest at other temperatures, in the same pass."""
-    n, v, k, temperatures = 4, 2503, 20, [0.5, 2.0, 7.0]
-    for dtype, code in ((torch.float32, 0), (torch.bfloat16, 2)):
+    n, v, k = 4, 2503, 20
+    for dtype in DTYPES:
+        x = (rows("gaussian", n, v) / 2).to(dtype)
+        tokens = torch.tensor([int(x[0].argmax()), 77, v - 1, -1]) if named else None
         for block in BLOCKS.values():
-            x = (rows("gaussian", n, v) / 2).to(dtype)
-            tokens = torch.tensor([int(x[0].argmax()), 77, v - 1, -1])
-            ids, ranks = torch.full((n, k), -9, dtype=torch.int32), torch.full((n,), -9, dtype=torch.int32)
-            log_probs, log_rest, lse, given = torch.empty(n, k), *torch.full((3, n), math.nan)
-            rest_at = torch.full((len(temperatures), n), math.nan)
-            host_cuda.topk(
-                n, (x.data_ptr(), v, code, v, 1.0, 0.0), k, ids.data_ptr(), log_probs.data_ptr(),
-                log_rest.data_ptr(), lse.data_ptr(), tokens.data_ptr(), given.data_ptr(), ranks.data_ptr(),
-                temperatures, rest_at.data_ptr(), 8 + block,
-            )  # fmt: skip
-            check((ids, log_probs, log_rest, lse), x, k)
-            z = x.double()
-            own = z.gather(1, tokens.clamp_min(0)[:, None])
-            expected = torch.where(tokens < 0, -math.inf, own[:, 0] - z.logsumexp(-1))
-            torch.testing.assert_close(given, expected, check_dtype=False, rtol=2e-6, atol=4e-6)
-            assert ranks.tolist() == torch.where(tokens < 0, -1, (z > own).sum(1)).tolist()
-            for t, temperature in enumerate(temperatures):
-                at = z / temperature
-                outside = at.scatter(1, ids.long(), -math.inf).logsumexp(-1) - at.logsumexp(-1)
-                torch.testing.assert_close(rest_at[t], outside, check_dtype=False, rtol=4e-6, atol=8e-6)
+            topk(x[:0], k, block=block)  # sets the block
+            check_with(cuda_topk.topk_with(x, k, Side(v), tokens, temperatures), x, k, tokens, temperatures)
 
 
 def test_what_is_refused_is_said():

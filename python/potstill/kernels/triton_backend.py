@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from potstill.dispatch import Facts, register
-from potstill.rows import RowSpec
+from potstill.rows import RowSpec, Side
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 RANK = -1 if INTERPRETED else 60
@@ -58,3 +59,21 @@ def sparse_rows(
     from potstill.kernels import triton_rows
 
     return triton_rows.sparse_rows(student, ids, log_probs, log_rest, coef, labels, spec, grad, weights)
+
+
+@register("topk", "triton", rank=RANK, refuses=refuses)
+def topk(logits: Tensor, k: int, side: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference/topk.py and triton_topk.py."""
+    from potstill.kernels import triton_topk
+
+    return triton_topk.topk(logits, k, side)
+
+
+@register("topk_with", "triton", rank=RANK, refuses=refuses)
+def topk_with(
+    logits: Tensor, k: int, side: Side, tokens: Tensor | None, temperatures: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """See reference/topk.py and triton_topk.py."""
+    from potstill.kernels import triton_topk
+
+    return triton_topk.topk_with(logits, k, side, tokens, temperatures)

@@ -22,7 +22,7 @@ from potstill.kernels.triton_rows import _on, _unit_columns
 from potstill.rows import Side
 
 # columns a program takes at once, with 8 warps and at most 128 registers a thread (bench/compile_gpu.py holds it to that)
-BLOCK = 4096
+BLOCK = 2048
 SHORTEST = 256  # entries of the list, at least
 SCRATCH = 64 << 20  # bytes of all lists of a launch, at most
 LOWEST = tl.constexpr(-(2**31))  # below the order of -inf
