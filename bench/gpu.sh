@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, nvcc, torch and Triton (no Rust, no network): builds csrc in place, runs the tests marked gpu,
-# then a first benchmark. Logs and JSON go to $OUT (default out/gpu). Stays within 9 minutes; PYTHON names the interpreter.
+# then first benchmarks. Logs, JSON and CSV go to $OUT (default out/gpu). Stays within 9 minutes; PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/gpu}
@@ -28,8 +28,9 @@ workers=$(($(nproc) < 12 ? $(nproc) : 12))
 
 step build 150 "$PYTHON" setup.py build_ext --inplace
 # tests/cache and the folders above it need the Rust extension; the gpu tests do not
-step tests 210 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests/kernels tests/test_*.py
-step bench 170 "$PYTHON" bench/gpu_first.py --out "$OUT/gpu_first.json" --seconds 110
+step tests 190 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests/kernels tests/test_*.py
+step bench 115 "$PYTHON" bench/gpu_first.py --out "$OUT/gpu_first.json" --seconds 75
+step topk 80 "$PYTHON" bench/gpu_topk.py --out "$OUT/gpu_topk.json" --seconds 50
 
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}"

@@ -43,7 +43,7 @@ def rows(kind: str, n: int, v: int, seed: int = 0) -> torch.Tensor:
 
 
 def check(found, x: torch.Tensor, k: int, vocab: int | None = None, what: str = "") -> None:
-    """ids exactly, and the rest within a few roundings, of a stable sort in fp64. found: ids, log_probs, log_rest, lse."""
+    """ids exactly, and the rest within a few roundings, of a stable fp64 sort. found: ids, log_probs, log_rest, lse."""
     ids, log_probs, log_rest, lse = found[:4]
     z = x[:, :vocab].double()
     values, order = z.sort(dim=-1, descending=True, stable=True)

@@ -27,7 +27,8 @@ def host_cuda(tmp_path_factory):
         subprocess.Popen(["g++", *flags, "-c", source, "-o", target])
         for source, target in zip(sources, objects, strict=True)
     ]
-    assert not any([job.wait() for job in jobs])
+    failed = [job.args[-3] for job in jobs if job.wait()]
+    assert not failed, failed
     library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("potstill._cuda", library)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from potstill.dispatch import Facts
 from potstill.kernels import cuda, cuda_topk
 from potstill.rows import Side
+
 from ..topk_cases import KINDS, check, check_side, check_with, rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

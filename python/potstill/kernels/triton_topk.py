@@ -1,11 +1,11 @@
 """Top-k with the log-sum-exp in Triton: one program per row, fp32 inside; reference/topk.py is the contract.
 
 A logit's order is an int32 that ascends with its value, NaN above all. Memory passes over a row:
-    1  the largest order in each of BLOCK columns' places: the k-th largest of these bounds the k-th of the row from below
+    1  the largest order in each of BLOCK columns' places: the k-th largest of these bounds the row's k-th from below
     2  columns at or above the bound go to a list, all others into the sum of exp(z - m), the mass of the rest
-The list, with room for twice k or more, is sorted by order and column as 64-bit keys. Where it is too short (ties, or the
-row's largest all in few places) the bound becomes the k-th order itself, at once if only ties were too many and else by
-32 counting passes; then pass 2 once more takes just k, ties by their column. Nothing depends on timing.
+The list, with room for twice k or more, is sorted by order and column as 64-bit keys. Where it is too short (ties, or
+the row's largest all in few places) the bound becomes the k-th order itself, at once if only ties were too many and
+else by 32 counting passes; then pass 2 once more takes just k, ties by their column. Nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from potstill.kernels.triton_formula import tanh
 from potstill.kernels.triton_rows import _on, _unit_columns
 from potstill.rows import Side
 
-# columns a program takes at once, with 8 warps and at most 128 registers a thread (bench/compile_gpu.py holds it to that)
+# columns a program takes at once, with 8 warps and at most 128 registers a thread; with 4096 it would need a stack
 BLOCK = 2048
 SHORTEST = 256  # entries of the list, at least
 SCRATCH = 64 << 20  # bytes of all lists of a launch, at most
@@ -172,7 +172,7 @@ def more_kernel(
     logits_stride, vocab, k, scale, softcap, inv_t,
     SOFTCAP: tl.constexpr, TOKENS: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With TOKENS the given token's log-probability and rank, with REST the mass outside the k at temperature 1 / inv_t."""
+    """With TOKENS a token's log-probability and rank, with REST the log-mass outside the k at temperature 1 / inv_t."""
     i_row = tl.program_id(0).to(tl.int64)
     p_logits += i_row * logits_stride
     token = 0

@@ -24,7 +24,7 @@ def triton_topk(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_topk_is_exact(triton_topk, poisoned, kind):
-    for dtype, v, k in ((torch.float32, 700, 7), (torch.bfloat16, 523, 1), (torch.float16, 301, 20)):
+    for dtype, v, k in ((torch.float32, 523, 7), (torch.bfloat16, 301, 20)):
         x = rows(kind, 2, v).to(dtype)
         check(triton_topk.topk(x, k, Side(v)), x, k, what=f"{dtype} {v} {k}")
 

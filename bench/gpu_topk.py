@@ -1,0 +1,121 @@
+"""Top-k with the log-sum-exp on a GPU: each backend beside torch.topk and torch.logsumexp, checked before it is timed.
+
+    python bench/gpu_topk.py [--out gpu_topk.json] [--seconds 60] [--tiny] [--device cuda]
+
+The floor is one read of the logits at the bandwidth of a copy in the same run: half of the rows copied, which moves as
+many bytes. Variants are interleaved call by call; medians, in milliseconds. The ids of every variant of ours are held
+against a stable sort on the first and last rows, all log-probabilities against torch's. Rows go to JSON and CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_first import Bench, Variant
+from potstill import dispatch
+from potstill.rows import Side
+from torch import Tensor
+
+COLUMNS = ("case", "variant", "ms", "over_floor", "floor_ms", "peak_bytes", "error", "wrong", "failed", "skipped")
+
+
+def fill(x: Tensor, kind: str) -> None:
+    """x [R, V] gets rows of the kind, a few at a time."""
+    for part in x.split(512):
+        z = torch.randn(part.shape, device=x.device) * 3
+        if kind == "ascending":
+            z = z.sort(-1).values
+        elif kind == "equal":
+            z.fill_(1.0)
+        elif kind == "third banned":
+            z.masked_fill_(torch.rand_like(z) < 1 / 3, float("-inf"))
+        part.copy_(z)
+
+
+def torch_topk(x: Tensor, k: int, order: bool) -> tuple[Tensor, ...]:
+    """(ids, log_probs, lse) with logsumexp in fp32, 1,024 rows at a time: at once it would take 5 GB more."""
+    found = []
+    for part in x.split(1024):
+        top, lse = part.topk(k, -1, sorted=order), part.float().logsumexp(-1)
+        found.append((top.indices.int(), top.values.float() - lse[:, None], lse))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def complaint(run: Callable[..., tuple[Tensor, ...]], x: Tensor, k: int) -> dict[str, str]:
+    """Empty where ids are those of a stable descending sort, on 16 rows at either end of all of them."""
+    try:
+        ids = run(x, k, Side(x.shape[1]))[0].cpu()
+    except (RuntimeError, ValueError) as failure:
+        return {"failed": f"{type(failure).__name__}: {failure}"[:600]}
+    ends = torch.cat([torch.arange(16), torch.arange(16) + len(x) - 16]).clamp(0, len(x) - 1).to(x.device)
+    order = x[ends].float().sort(dim=-1, descending=True, stable=True).indices[:, :k].cpu()
+    return {} if (order == ids[ends.cpu()]).all() else {"wrong": "ids are not those of a stable sort"}
+
+
+def topk_case(bench: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype, kind: str, rivals: bool) -> None:
+    label = f"topk {str(dtype)[6:]} [{rows}, {vocab}] k={k} {kind}"
+    x = torch.empty(rows, vocab, dtype=dtype, device=bench.device)
+    fill(x, kind)
+    half = torch.empty_like(x[: rows // 2])
+    variants: dict[str, Variant] = {"torch": lambda: torch_topk(x, k, True)}
+    if rivals:
+        variants["torch sorted=False"] = lambda: torch_topk(x, k, False)
+    for kernel in dispatch.kernels("topk"):
+        facts = dispatch.Facts("topk", x.device, dtype, vocab, k)
+        if kernel.backend == "torch" or kernel.refuses(facts) is not None:
+            continue
+        if bad := complaint(kernel.run, x, k):
+            bench.rows.append({"case": label, "variant": kernel.backend} | bad)
+            continue
+        variants[kernel.backend] = lambda run=kernel.run: run(x, k, Side(vocab))  # type: ignore[misc]
+
+    def value(out: tuple[Tensor, ...]) -> Tensor:
+        return out[1].sort(-1).values
+
+    bench.case(label, variants, lambda: half.copy_(x[: rows // 2]), value, 1e-5)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="gpu_topk.json")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: checks this script, measures nothing")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    bench = Bench(device, options.seconds, repeats=2 if options.tiny else 11)
+    rows, vocab = (34, 3000) if options.tiny else (8192, 151936)
+    torch.manual_seed(0)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    topk_case(bench, rows, vocab, 64, bf16, "gaussian", rivals=True)
+    for kind in ("ascending", "equal", "third banned"):
+        topk_case(bench, rows, vocab, 64, bf16, kind, rivals=False)
+    topk_case(bench, rows // 2, vocab, 64, fp32, "gaussian", rivals=False)
+    for k in (512, 1024):
+        topk_case(bench, rows, vocab, k, bf16, "gaussian", rivals=False)
+    topk_case(bench, rows // 32 * 2, vocab, 64, bf16, "gaussian", rivals=False)
+    cuda = device.type == "cuda"
+    report = {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "python": platform.python_version(), "tiny": options.tiny, "rows": bench.rows,
+    }  # fmt: skip
+    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    with open(Path(options.out).with_suffix(".csv"), "w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        table.writeheader()
+        table.writerows(bench.rows)
+    bad = [row for row in bench.rows if "wrong" in row or "failed" in row]
+    for row in bad:
+        print(f"{row['case']}: {row['variant']}: {row.get('wrong') or row['failed']}")
+    print(f"{len(bench.rows) - len(bad)} rows written to {options.out}, {len(bad)} wrong or failed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
