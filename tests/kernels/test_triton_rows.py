@@ -15,7 +15,7 @@ PARTS = (*OTHERS, " and ".join(f"not {part}" for part in OTHERS))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("part", PARTS)
-def test_row_kernels_in_the_interpreter(part):
+def test_kernels_in_the_interpreter(part):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:xdist"]
