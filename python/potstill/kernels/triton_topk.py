@@ -5,7 +5,7 @@ A logit's order is an int32 that ascends with its value, NaN above all. Memory p
     2  columns at or above the bound go to a list, all others into the sum of exp(z - m), the mass of the rest
 The list, with room for twice k or more, is sorted by order and column as 64-bit keys. Where it is too short (ties, or
 the row's largest all in few places) the bound becomes the k-th order itself, at once if only ties were too many and
-else by 32 counting passes; then pass 2 once more takes just k, ties by their column. Nothing depends on timing.
+else by 33 counting passes; then pass 2 once more takes just k, ties by their column. Nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -130,14 +130,15 @@ def topk_kernel(
     taken, above, m, s = _collect(p_logits, p_list, vocab, bound, 0, scale, softcap, SOFTCAP, False, LIST, BLOCK)
     if taken > LIST:
         if above >= k:
-            bound = tl.where(_count(p_logits, vocab, 0, scale, softcap, SOFTCAP, BLOCK) >= k, 0, LOWEST)
-            for i in range(31):
-                higher = bound + (1 << (30 - i))
-                reached = _count(p_logits, vocab, higher, scale, softcap, SOFTCAP, BLOCK) >= k
-                bound = tl.where(reached, higher, bound)
+            # from the first bound up: the highest order that k columns reach, and how many exceed it
+            step = 1 << 30
             above = 0
-            if bound < NAN:
-                above = _count(p_logits, vocab, bound + 1, scale, softcap, SOFTCAP, BLOCK)
+            for i in range(33):
+                higher = tl.where(bound > NAN - step, NAN, bound + step)
+                reached = _count(p_logits, vocab, higher, scale, softcap, SOFTCAP, BLOCK)
+                above = tl.where(reached >= k, above, reached)
+                bound = tl.where(reached >= k, higher, bound)
+                step = tl.where(i < 2, step, step >> 1)
         tl.debug_barrier()  # the list is written anew
         taken, above, m, s = _collect(
             p_logits, p_list, vocab, bound, k - above, scale, softcap, SOFTCAP, True, LIST, BLOCK

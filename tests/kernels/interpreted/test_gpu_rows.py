@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ TARGETS = [
 NEG_INF = float("-inf")
 R, V, PADDED, K = 3, 301, 311, 7
 FORMS = ["dense", *TAILS]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(params=TARGETS)

@@ -41,7 +41,14 @@ def test_topk_where_the_largest_share_few_places(triton_topk):
     for block in range(4):
         x[0, block * 256 : block * 256 + 20] = 10 + torch.arange(20.0) + block / 1024
     check(triton_topk.topk(x, 20, Side(1024)), x, 20)
-    check(triton_topk.topk(-x.flip(1) + 40, 3, Side(1024)), -x.flip(1) + 40, 3)
+    y = x.clone()
+    y[0, [5, 261, 517]] = torch.nan  # and one that the count goes up to
+    check(triton_topk.topk(y, 20, Side(1024)), y, 20)
+    low = torch.full((1, 1024), -torch.inf)  # a first bound far below the bound looked for, which others share
+    for block in range(4):
+        low[0, block * 256 : block * 256 + 30] = 3.0 + torch.arange(30.0) % 3
+    low[0, 19] = low[0, 18] = -torch.inf
+    check(triton_topk.topk(low, 20, Side(1024)), low, 20)
 
 
 def test_topk_in_parts(triton_topk, monkeypatch):
