@@ -120,7 +120,12 @@ def test_inductor(form="topk"):
     same(torch.compile(linear, fullgraph=True), linear, form, 12)
 
 
-INSIDE_BACKWARD = ("linear_distill_rows_backward", "distill_rows_backward", "scale_gradients")
+INSIDE_BACKWARD = (
+    "token_logprobs_backward",
+    "linear_distill_rows_backward",
+    "distill_rows_backward",
+    "scale_gradients",
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -155,8 +160,14 @@ def test_opcheck_every_operator():
                 (3 * linear(form, *args, **words)).sum().backward(retain_graph=True)
                 if "low_memory" not in words:
                     (3 * at_hand(form, *args, **words)).sum().backward(retain_graph=True)
-        ps.topk(torch.randn(6, V), 3)
-        ps.linear_topk(torch.randn(6, D), torch.randn(V, D), 3)
+        tokens = torch.randint(0, V, (6,))
+        for words in (dict(), dict(ids=tokens, temperatures=(2.0,))):
+            ps.topk(torch.randn(6, V), 3, **words)
+            ps.linear_topk(torch.randn(6, D), torch.randn(V, D), 3, **words)
+        ps.sample(torch.randn(6, V), 4, seed=3)
+        ps.linear_sample(torch.randn(6, D), torch.randn(V, D), 4, seed=3)
+        x, w = torch.randn(6, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+        ps.token_logprobs(x, w, tokens).sum().backward()
     assert any(
         isinstance(a, torch.Tensor) and a.requires_grad for a in recorder.calls["potstill::linear_distill"][0][1]
     )

@@ -8,7 +8,6 @@ import potstill as ps
 import pytest
 import torch
 from potstill import gemm
-from torch.library import opcheck
 
 V, D = 131, 16
 
@@ -153,22 +152,6 @@ def test_compiled_equals_eager():
     a, b = compiled(*x), loss(*y)
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(torch.autograd.grad(a, x), torch.autograd.grad(b, y))
-
-
-def test_opcheck():
-    hidden, weight, bias, ids, subset = case(torch.float32)
-    settings = ([float(V), 1.0, 0.0], 5, False, "auto", True, True, True)
-    x = leaves(hidden, weight, bias)
-    ops = torch.ops.potstill
-    opcheck(ops.token_logprobs.default, (*x, ids, subset, True, *settings))
-    opcheck(ops.token_logprobs.default, (*x, ids, None, False, *settings))
-    given = torch.randn(len(ids))
-    opcheck(
-        ops.token_logprobs_backward.default, (given, given, given, hidden, weight, bias, ids, subset, True, *settings)
-    )
-    logits = torch.randn(6, V)
-    opcheck(ops.sample.default, (logits, 4, [float(V), 1.0, 0.0], 0.5, 3, 0, "auto"))
-    opcheck(ops.linear_sample.default, (hidden, weight, bias, 4, [float(V), 1.0, 0.0], 1.0, 3, 0, 5, False, "auto"))
 
 
 def test_bad_input_is_named():
