@@ -22,6 +22,9 @@ class Writer:
         ids: NDArray[np.int32],
         log_probs: NDArray[np.float32],
         log_rest: NDArray[np.float32],
+        extra: NDArray[np.float32] | None = None,
+        lse: NDArray[np.float32] | None = None,
+        counts: NDArray[np.int32] | None = None,
     ) -> bool: ...
     def flush(self) -> str | None: ...
     def close(self) -> None: ...
@@ -55,16 +58,23 @@ class Cache:
         ids: NDArray[np.int32],
         log_probs: NDArray[np.float32],
         log_rest: NDArray[np.float32],
+        extra: NDArray[np.float32] | None = None,
+        lse: NDArray[np.float32] | None = None,
+        counts: NDArray[np.int32] | None = None,
     ) -> None: ...
-    def read_batch(
+    def read_many(
         self,
         keys: list[str],
         rows: list[int],
-        length: int,
+        length: int | None,
         ids: NDArray[np.int32],
         log_probs: NDArray[np.float32],
         log_rest: NDArray[np.float32],
-        tokens: list[NDArray[np.int32]] | None,
+        tokens: list[NDArray[np.int32]] | None = None,
+        extra: NDArray[np.float32] | None = None,
+        lse: NDArray[np.float32] | None = None,
+        counts: NDArray[np.int32] | None = None,
+        threads: int = 1,
     ) -> None: ...
 
 def verify(path: str | PathLike[str]) -> str: ...

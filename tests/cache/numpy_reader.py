@@ -1,4 +1,4 @@
-"""An independent reader of format 1, codec 0, in plain numpy: it shares no code with the package."""
+"""An independent reader of format 1 in plain numpy: it shares no code with the package."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy_dense as dense
 
 try:
     import xxhash
@@ -64,14 +65,26 @@ def rows(payload: bytes, n: int, entries: int, k: int, id_bits: int) -> tuple[np
     return tokens, ids, log_probs, log_rest
 
 
-def shard(path: Path, spec_text: str) -> dict[str, tuple[np.ndarray, ...]]:
+def check_hashes(stored: bytes, tokens: np.ndarray, content: bytes) -> None:
+    if xxhash is not None:
+        mine = [xxhash.xxh3_128_intdigest(x) for x in (tokens.astype("<u4").tobytes(), content)]
+        assert [int.from_bytes(stored[i : i + 16], "little") for i in (0, 16)] == mine
+
+
+def shard(path: Path, spec_text: str, further: bool = False) -> dict[str, tuple[np.ndarray, ...]]:
     data = path.read_bytes()
     assert data[:8] == b"\x89PSC\r\n\x1a\n" and data[-8:] == b"\x89PSE\r\n\x1a\n"
     major, _, header_len, required, _, codec, params_len, vocab, k, zero = struct.unpack_from("<HHIQQHHIII", data, 8)
-    assert (major, required, codec, params_len, zero) == (1, 0, 0, 1, 0)
+    assert (major, required, params_len, zero) == (1, codec, 32 if codec else 1, 0) and codec < 2
     assert data[48:80] == hashlib.sha256(spec_text.encode()).digest()
-    id_bits = data[80]
-    assert id_bits == max(1, (vocab - 1).bit_length())
+    if codec:
+        (size,) = struct.unpack_from("<I", data, 88)
+        stored = data[header_len : header_len + size]
+        tables = dense.Tables(stored, data[80:112], vocab, k, xxh3)
+    else:
+        size, stored, tables = 0, b"", None
+        id_bits = data[80]
+        assert id_bits == max(1, (vocab - 1).bit_length())
     assert xxh3(data[: header_len - 8]) in (None, struct.unpack_from("<Q", data, header_len - 8)[0])
     footer_len, file_len, check = struct.unpack_from("<QQQ", data, len(data) - 32)
     assert file_len == len(data) and xxh3(data[-32:-16]) in (None, check)
@@ -83,11 +96,12 @@ def shard(path: Path, spec_text: str) -> dict[str, tuple[np.ndarray, ...]]:
     blocks = [struct.unpack_from("<QIIIHH", footer, 32 + 24 * i) for i in range(n_blocks)]
     at = 32 + 24 * n_blocks
     heads = [struct.unpack_from("<IIHHI", footer, at + 48 * i) for i in range(n_sequences)]
-    key_at, offset, block, found = at + 48 * n_sequences, header_len, 0, {}
-    for count, tokens, key_len, ext_len, _ in heads:
+    key_at, offset, block, found = at + 48 * n_sequences, header_len + size, 0, {}
+    hashes = [footer[at + 48 * i + 16 : at + 48 * i + 48] for i in range(n_sequences)]
+    for (count, tokens, key_len, ext_len, _), hashed in zip(heads, hashes, strict=True):
         key = footer[key_at : key_at + key_len].decode()
         key_at += key_len + ext_len
-        pieces = []
+        pieces, coded, payloads = [], [], b""
         for i in range(block, block + count):
             check, length, n, entries, kind, _ = blocks[i]
             body = data[offset : offset + length]
@@ -97,21 +111,29 @@ def shard(path: Path, spec_text: str) -> dict[str, tuple[np.ndarray, ...]]:
             assert body[32 : 32 + klen].decode() == key and flags == int(i == block + count - 1)
             assert first == sum(len(p[0]) for p in pieces)
             start = 32 + up8(klen)
-            pieces.append(rows(body[start : start + plen], n, entries, k, id_bits))
+            payload = body[start : start + plen]
+            if tables:
+                coded += (mine := tables.block(payload, n, entries))
+                pieces.append(tables.arrays(mine))
+            else:
+                pieces.append(rows(payload, n, entries, k, id_bits))
+            payloads += payload
             offset += length
         block += count
-        found[key] = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        columns = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        check_hashes(hashed, columns[0], dense.content(coded, tables.layout.kind) if tables else payloads)
+        found[key] = columns if further else columns[:4]
         assert len(found[key][0]) == tokens
     assert block == n_blocks and sum(len(s[0]) for s in found.values()) == total
-    assert offset == len(data) - 32 - footer_len
+    assert data[offset : offset + size] == stored and offset + size == len(data) - 32 - footer_len
     return found
 
 
-def cache(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
-    """{key: (tokens, ids, log_probs, log_rest)} of a whole cache, from its manifest."""
+def cache(path: Path, further: bool = False) -> dict[str, tuple[np.ndarray, ...]]:
+    """{key: (tokens, ids, log_probs, log_rest)} of a whole cache, from its manifest (further: extra, lse, counts)."""
     manifest = sealed(Path(path) / "manifest.json", "manifest")
     found: dict[str, tuple[np.ndarray, ...]] = {}
     for entry in manifest["shards"]:
-        for key, value in shard(Path(path) / "shards" / f"{entry['name']}.shard", manifest["spec"]).items():
+        for key, value in shard(Path(path) / "shards" / f"{entry['name']}.shard", manifest["spec"], further).items():
             found.setdefault(key, value)
     return found

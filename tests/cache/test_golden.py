@@ -1,4 +1,4 @@
-"""Format 1.0 with codec 0 is read forever. These bytes may not change: a new codec gets a new folder."""
+"""What was written is read forever. These bytes may not change: a new codec gets a new folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import pytest
 from potstill import cache
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def lab(plain_lab):
+    return plain_lab
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def expected() -> dict[str, tuple[np.ndarray, ...]]:
 def test_golden_cache_reads(expected):
     store = cache.open(GOLDEN / "cache_v1")
     assert store.keys() == list(expected)
-    assert store.spec == cache.Spec(4096, 3, "golden", "r1", "t", {"note": "format 1.0, codec 0"})
+    assert store.spec == cache.Spec(4096, 3, "golden", "r1", "t", "plain", extra={"note": "format 1.0, codec 0"})
     for key, arrays in expected.items():
         for got, want in zip(store.numpy(key), arrays, strict=True):
             np.testing.assert_array_equal(got, want, err_msg=key)
@@ -67,3 +72,42 @@ def test_a_golden_cache_can_be_continued(tmp_path, expected, lab):
     with cache.Writer(tmp_path / "c", cache.open(tmp_path / "c").spec) as w:
         w.add("more", r.tokens, r)
     assert cache.open(tmp_path / "c").keys() == [*expected, "more"]
+
+
+@pytest.fixture(scope="module", params=["cache_v1_dense", "cache_v1_exact"])
+def dense(request):
+    """A folder of codec 1 and {key: (tokens, ids, log_probs, log_rest, extra, lse, counts)}; a column may be empty."""
+    stored = np.load(GOLDEN / f"{request.param}.npz")
+    keys = [str(k) for k in stored["keys"]]
+    names = ("tokens", "ids", "log_probs", "log_rest", "extra", "lse", "counts")
+    return GOLDEN / request.param, {key: {name: stored[f"{i}_{name}"] for name in names} for i, key in enumerate(keys)}
+
+
+def test_golden_dense_caches_read_in_both_readers(dense, independent):
+    path, expected = dense
+    store, theirs = cache.open(path), independent.cache(path, further=True)
+    assert store.keys() == list(expected) == list(theirs) and store.verify().ok
+    for key, columns in expected.items():
+        tokens, buffers = store._decode(key)
+        ours = {"tokens": tokens, **{name: value for name, value in vars(buffers).items() if value is not None}}
+        for (name, want), independently in zip(columns.items(), theirs[key], strict=True):
+            if want.size:
+                np.testing.assert_array_equal(ours[name], want.ravel(), err_msg=f"{key} {name}")
+                np.testing.assert_array_equal(independently.ravel(), want.ravel(), err_msg=f"{key} {name}")
+
+
+def test_the_writer_still_makes_the_dense_bytes(tmp_path, dense):
+    path, expected = dense
+    spec = cache.open(path).spec
+    with cache.Writer(tmp_path / "c", spec) as w:
+        for key, c in expected.items():
+            further = dict(zip(spec.extra_columns, c["extra"].T, strict=True))
+            rows = SimpleNamespace(
+                **{name: c[name] for name in ("ids", "log_probs", "log_rest", "lse", "counts")},
+                log_rest_at={t: column for t, column in further.items() if isinstance(t, float)},
+                token_log_probs=further.get("token_log_probs"),
+            )
+            w.add(key, c["tokens"], rows)
+            w.flush()
+    ours = {f.name: f.read_bytes() for f in (tmp_path / "c" / "shards").iterdir()}
+    assert ours == {f.name: f.read_bytes() for f in (path / "shards").iterdir()}

@@ -19,6 +19,11 @@ from potstill import cache
 xxhash = pytest.importorskip("xxhash", reason="forging checksums needs the xxhash package")
 
 
+@pytest.fixture(scope="module")
+def lab(plain_lab):
+    return plain_lab  # the offsets below are those of codec 0
+
+
 def xxh3(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 

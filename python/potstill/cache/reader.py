@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from potstill import _rust
 from potstill.cache.arrays import int32
+from potstill.cache.buffers import Buffers
 from potstill.cache.spec import Spec
 from potstill.cache.tools import Report, verify_cache
 
@@ -91,58 +92,72 @@ class Cache:
         Missing entries are id -1 with log_prob -inf. Raises KeyError; CacheError naming shard and block
         for damage.
         """
-        n, k = self.length(key), self.spec.k
-        ids, log_probs, log_rest = (
-            np.empty(n * k, np.int32),
-            np.empty(n * k, np.float32),
-            np.empty(n, np.float32),
-        )
-        self._rust.read_batch([key], [n], n, ids, log_probs, log_rest, None)
-        return self.tokens(key), ids.reshape(n, k), log_probs.reshape(n, k), log_rest
+        tokens, buffers = self._decode(key)
+        n, k = len(tokens), self.spec.k
+        return tokens, buffers.ids.reshape(n, k), buffers.log_probs.reshape(n, k), buffers.log_rest
+
+    def _decode(self, key: str) -> tuple[NDArray[np.int32], Buffers]:
+        n = self.length(key)
+        tokens, buffers = np.empty(n, np.int32), Buffers.empty(self.spec, n)
+        self._rust.read(key, tokens, **vars(buffers))
+        return tokens, buffers
 
     def __getitem__(self, key: str) -> CachedSequence:
-        import torch
+        tokens, buffers = self._decode(key)
+        return CachedSequence(key, tokens, buffers.topk(self.spec, (len(tokens),)))
 
-        from potstill.teachers import TopK
-
-        tokens, ids, log_probs, log_rest = self.numpy(key)
-        rows = TopK(torch.from_numpy(ids), torch.from_numpy(log_probs), log_rest=torch.from_numpy(log_rest))
-        return CachedSequence(key, tokens, rows)
-
-    def batch(self, keys: Sequence[str], tokens: Sequence[Any] | None = None, out: TopK | None = None) -> TopK:
+    def batch(
+        self,
+        keys: Sequence[str],
+        tokens: Sequence[Any] | None = None,
+        out: TopK | None = None,
+        *,
+        threads: int = 1,
+    ) -> TopK:
         """Rows of B sequences, padded to the longest: TopK with ids [B, L, K], log_probs [B, L, K] and
-        log_rest [B, L].
+        log_rest [B, L], and lse, counts, log_rest_at and token_log_probs where the spec has them.
 
         tokens: B integer sequences (tensors, arrays or lists), each equal to the cached tokens or a prefix
             of them; the prefix's rows alone are then decoded. Any difference raises TokenMismatch, a
             ValueError that names sequence and first differing position (attributes key and position).
         out: a TopK of contiguous CPU tensors (ids int32, log_probs and log_rest fp32; pinned memory too)
-            of B sequences and at least L rows, which is filled and returned.
+            of B sequences and at least L rows, which is filled and returned; other columns are not read then.
+        threads: sequences are shared out among so many, made for this call.
 
         Padding rows have ids -1, log_probs -inf and log_rest 0. Raises KeyError for an unknown key and
         CacheError naming shard and block for damage.
         """
-        import torch
-
-        from potstill.teachers import TopK
-
         keys = list(keys)
+        given, rows = self._rows(keys, tokens)
+        b, k = len(keys), self.spec.k
+        if out is not None:
+            n = _check_out(out, b, max(rows, default=0), k)
+            ids, log_probs = out.ids.view(-1).numpy(), out.log_probs.view(-1).numpy()
+            assert out.log_rest is not None
+            self._rust.read_many(
+                keys, rows, n, ids, log_probs, out.log_rest.view(-1).numpy(), tokens=given, threads=threads
+            )
+            return out
+        n = max(rows, default=0)
+        buffers = Buffers.empty(self.spec, b * n)
+        self._rust.read_many(keys, rows, n, tokens=given, threads=threads, **vars(buffers))
+        return buffers.topk(self.spec, (b, n))
+
+    def packed(
+        self, keys: Sequence[str], tokens: Sequence[Any] | None = None, *, threads: int = 1
+    ) -> tuple[TopK, NDArray[np.int32]]:
+        """Rows of sequences one behind the other, without padding: TopK with ids [N, K] and so on, and cu_seqlens
+        int32 [B + 1], the first row of each sequence and N. Arguments and errors as in `batch`."""
+        keys = list(keys)
+        given, rows = self._rows(keys, tokens)
+        buffers = Buffers.empty(self.spec, sum(rows))
+        self._rust.read_many(keys, rows, None, tokens=given, threads=threads, **vars(buffers))
+        return buffers.topk(self.spec, (sum(rows),)), np.cumsum([0, *rows], dtype=np.int32)
+
+    def _rows(self, keys: list[str], tokens: Sequence[Any] | None) -> tuple[list[NDArray[np.int32]] | None, list[int]]:
         given = self._given(keys, tokens)
         lengths = [self.length(key) for key in keys]
-        rows = lengths if given is None else [min(n, len(t)) for n, t in zip(lengths, given, strict=True)]
-        b, k = len(keys), self.spec.k
-        if out is None:
-            n = max(rows, default=0)
-            out = TopK(
-                torch.empty((b, n, k), dtype=torch.int32),
-                torch.empty((b, n, k), dtype=torch.float32),
-                log_rest=torch.empty((b, n), dtype=torch.float32),
-            )
-        n = _check_out(out, b, max(rows, default=0), k)
-        ids, log_probs = out.ids.view(-1).numpy(), out.log_probs.view(-1).numpy()
-        assert out.log_rest is not None
-        self._rust.read_batch(keys, rows, n, ids, log_probs, out.log_rest.view(-1).numpy(), given)
-        return out
+        return given, lengths if given is None else [min(n, len(t)) for n, t in zip(lengths, given, strict=True)]
 
     def _given(self, keys: list[str], tokens: Sequence[Any] | None) -> list[NDArray[np.int32]] | None:
         if tokens is None:

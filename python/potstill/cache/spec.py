@@ -4,8 +4,12 @@ shard by its hash."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+VALUES = ("1/8", "1/16", "1/32", "1/64", "bf16_logits", "fp16", "fp32", "plain")
+PLAIN = {"values": "plain", "temperatures": (1.0,), "sampled": False, "token_log_probs": False}
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,12 @@ class Spec:
     vocab_size: columns of the teacher's head, 1 to 2**31 - 1; every id is below it.
     k: most entries of a row, 1 to min(65535, vocab_size); a row may have fewer.
     teacher, teacher_revision, tokenizer: names or hashes; empty when not known.
+    values: how log-probabilities are stored. "1/8", "1/16", "1/32", "1/64": on a grid of that many nat, off by at
+        most half of it; "bf16_logits": bit exact for bf16 logits given with their lse; "fp32", "fp16": as they are;
+        "plain": fp16 and bit-packed ids, larger, and all that version 1.0 of the format knows.
+    temperatures: log_rest is kept at 1 and at each of these; rows then need topk.log_rest_at[T].
+    sampled: rows are draws, with topk.counts.
+    token_log_probs: rows carry topk.token_log_probs, the realised token's log-probability.
     extra: any JSON object: template, dtype, data set, ...
 
     Raises ValueError for numbers out of range and TypeError for values that JSON cannot hold.
@@ -25,19 +35,24 @@ class Spec:
     teacher: str = ""
     teacher_revision: str = ""
     tokenizer: str = ""
+    values: str = "1/16"
+    temperatures: tuple[float, ...] = (1.0,)
+    sampled: bool = False
+    token_log_probs: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "k"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, an int is accepted")
-        for name in ("teacher", "teacher_revision", "tokenizer"):
+        for name in ("teacher", "teacher_revision", "tokenizer", "values"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, a str is accepted")
         if not 1 <= self.vocab_size < 2**31:
             raise ValueError(f"Spec.vocab_size is {self.vocab_size}, 1 to {2**31 - 1} is accepted")
         if not 1 <= self.k <= min(65535, self.vocab_size):
             raise ValueError(f"Spec.k is {self.k}, 1 to {min(65535, self.vocab_size)} is accepted")
+        self._check_layout()
         if not isinstance(self.extra, dict):
             raise TypeError(f"Spec.extra is a {type(self.extra).__name__}, a dict is accepted")
         # the stored form is compared on resume, so tuples and the like become what JSON makes of them
@@ -46,14 +61,39 @@ class Spec:
         except (TypeError, ValueError) as error:
             raise TypeError(f"Spec.extra must be a JSON object: {error}") from None
 
+    def _check_layout(self) -> None:
+        if self.values not in VALUES:
+            raise ValueError(f"Spec.values is {self.values!r}, one of {', '.join(VALUES)} is accepted")
+        for name in ("sampled", "token_log_probs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, True or False is accepted")
+        try:
+            temperatures = tuple(sorted({1.0, *map(float, self.temperatures)}))
+        except (TypeError, ValueError):
+            raise TypeError(f"Spec.temperatures is {self.temperatures!r}, a tuple of numbers is accepted") from None
+        if not all(math.isfinite(t) and t > 0 for t in temperatures):
+            raise ValueError(f"Spec.temperatures is {self.temperatures!r}, positive numbers are accepted")
+        object.__setattr__(self, "temperatures", temperatures)
+        if self.values == "plain" and (len(temperatures) > 1 or self.sampled or self.token_log_probs):
+            raise ValueError('Spec.values is "plain", which keeps one log_rest a row and nothing else; give "1/16"')
+        if self.values != "plain" and self.vocab_size > 1 << 22:
+            raise ValueError(f'Spec.vocab_size is {self.vocab_size}; above {1 << 22} only values="plain" is accepted')
+
+    @property
+    def extra_columns(self) -> tuple[str | float, ...]:
+        """What a row holds beside log_rest: other temperatures, ascending, then "token_log_probs"."""
+        other = tuple(t for t in self.temperatures if t != 1.0)
+        return (*other, "token_log_probs") if self.token_log_probs else other
+
     def to_json(self) -> str:
-        """The spec as JSON text."""
-        return json.dumps(asdict(self), allow_nan=False)
+        """The spec as JSON text. Fields that version 1.0 did not have are left out at their plain values."""
+        stored = {k: v for k, v in asdict(self).items() if PLAIN.get(k, ...) != v}
+        return json.dumps(stored, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
         """The spec of a stored cache; names that this version does not know become part of extra."""
-        stored = json.loads(text)
+        stored = {"values": "plain", **json.loads(text)}
         known = {f.name for f in fields(cls)}
         unknown = {name: value for name, value in stored.items() if name not in known}
         given = {name: value for name, value in stored.items() if name in known}

@@ -6,6 +6,9 @@ import os
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from potstill import _rust
 from potstill.cache.arrays import float32, int32
 from potstill.cache.spec import Spec
@@ -44,7 +47,9 @@ class Writer:
 
         key: 1 to 512 bytes of UTF-8. tokens: [L] integers (tensor, array or list), L >= 1.
         topk: anything with ids [L, K] integers, log_probs [L, K] and log_rest [L], K <= spec.k; each row
-            in descending log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf.
+            in descending log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf. What the
+            spec asks for besides: log_rest_at[T] [L] of each temperature, counts [L, K] (rows in any order), lse [L],
+            token_log_probs [L].
 
         Returns False, and writes nothing, when the key is there already with equal content.
         Raises ValueError naming key, row and value: other content under a known key, wrong shapes, ids
@@ -59,13 +64,52 @@ class Writer:
                 f"sequence {key!r}: topk.log_rest is missing; a cache keeps the log mass outside the entries "
                 "of each row (potstill.topk gives it; for renormalised rows it is -inf)"
             )
+        name = f"sequence {key!r}: topk"
+        ids, log_probs = int32(topk.ids, f"{name}.ids", 2), float32(topk.log_probs, f"{name}.log_probs", 2)
+        counts = lse = None
+        if self.spec.sampled:
+            counts = int32(self._wanted(topk, key, "counts"), f"{name}.counts", 2)
+            if not ids.shape == log_probs.shape == counts.shape:
+                raise ValueError(
+                    f"{name}: ids {ids.shape}, log_probs {log_probs.shape} and counts {counts.shape} differ"
+                )
+            order = np.argsort(-log_probs, axis=-1, kind="stable")
+            ids, counts = np.take_along_axis(ids, order, -1), np.take_along_axis(counts, order, -1)
+            log_probs = np.take_along_axis(log_probs, order, -1)
+        if self.spec.values == "bf16_logits":
+            lse = float32(self._wanted(topk, key, "lse"), f"{name}.lse", 1)
         return self._rust.add(
             key,
             int32(tokens, f"sequence {key!r}: tokens", 1),
-            int32(topk.ids, f"sequence {key!r}: topk.ids", 2),
-            float32(topk.log_probs, f"sequence {key!r}: topk.log_probs", 2),
-            float32(rest, f"sequence {key!r}: topk.log_rest", 1),
+            ids,
+            log_probs,
+            float32(rest, f"{name}.log_rest", 1),
+            self._extra(topk, key, name),
+            lse,
+            counts,
         )
+
+    def _wanted(self, topk: Any, key: str, name: str) -> Any:
+        value = getattr(topk, name, None)
+        if value is None:
+            raise ValueError(f"sequence {key!r}: topk.{name} is missing; the spec of this cache asks for it")
+        return value
+
+    def _extra(self, topk: Any, key: str, name: str) -> NDArray[np.float32] | None:
+        columns = []
+        for column in self.spec.extra_columns:
+            if isinstance(column, str):
+                columns.append(float32(self._wanted(topk, key, column), f"{name}.{column}", 1))
+                continue
+            rests = getattr(topk, "log_rest_at", None) or {}
+            if column not in rests:
+                raise ValueError(f"sequence {key!r}: topk.log_rest_at[{column}] is missing; Spec.temperatures names it")
+            columns.append(float32(rests[column], f"{name}.log_rest_at[{column}]", 1))
+        if not columns:
+            return None
+        if len({len(c) for c in columns}) > 1:
+            raise ValueError(f"{name}: log_rest_at and token_log_probs differ in length")
+        return np.ascontiguousarray(np.stack(columns, -1))
 
     def __contains__(self, key: object) -> bool:
         """True when the key is committed or waits in the open shard."""

@@ -10,6 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {
     Header,
+    Tables,
     Block(u32),
     Index,
     Footer,
@@ -21,6 +22,7 @@ impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Part::Header => write!(f, "header"),
+            Part::Tables => write!(f, "tables"),
             Part::Block(n) => write!(f, "block {n}"),
             Part::Index => write!(f, "index"),
             Part::Footer => write!(f, "footer"),

@@ -1,38 +1,58 @@
-//! Open files and block buffers that reads reuse; nothing here can block a forked child.
+//! Open files, tables and block buffers that reads reuse; nothing here can block a forked child.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex};
 
+use crate::codec::Codec;
 use crate::error::Result;
 use crate::files::FileSource;
 
 const OPEN_FILES: usize = 16;
+/// Memory for tables of different shards, in ids.
+const TABLE_IDS: usize = 1 << 24;
 
-/// The files used last, by shard number.
-#[derive(Default)]
+/// The values used last, by number.
+pub struct Recent<N, T> {
+    kept: Mutex<Vec<(N, T)>>,
+    most: usize,
+}
+
+impl<N: PartialEq, T: Clone> Recent<N, T> {
+    fn new(most: usize) -> Self {
+        Recent { kept: Mutex::default(), most }
+    }
+
+    /// A value kept from an earlier read, or a new one. try_lock: after a fork the lock may be held by nobody alive.
+    pub fn get(&self, number: N, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        if let Ok(mut kept) = self.kept.try_lock() {
+            if let Some(at) = kept.iter().position(|(n, _)| *n == number) {
+                let hit = kept.remove(at);
+                let value = hit.1.clone();
+                kept.push(hit);
+                return Ok(value);
+            }
+        }
+        let value = make()?;
+        if let Ok(mut kept) = self.kept.try_lock() {
+            if kept.len() >= self.most {
+                kept.remove(0);
+            }
+            kept.push((number, value.clone()));
+        }
+        Ok(value)
+    }
+}
+
+/// What a reader keeps: files by shard number, codecs by the checksum of their tables.
 pub struct Handles {
-    kept: Mutex<Vec<(usize, Arc<FileSource>)>>,
+    pub files: Recent<usize, Arc<FileSource>>,
+    pub codecs: Recent<u64, Codec>,
 }
 
 impl Handles {
-    /// A handle kept from an earlier read, or a new one. try_lock: after a fork the lock may be held by nobody alive.
-    pub fn get(&self, shard: usize, open: impl FnOnce() -> Result<FileSource>) -> Result<Arc<FileSource>> {
-        if let Ok(mut kept) = self.kept.try_lock() {
-            if let Some(at) = kept.iter().position(|(n, _)| *n == shard) {
-                let hit = kept.remove(at);
-                let source = Arc::clone(&hit.1);
-                kept.push(hit);
-                return Ok(source);
-            }
-        }
-        let source = Arc::new(open()?);
-        if let Ok(mut kept) = self.kept.try_lock() {
-            if kept.len() >= OPEN_FILES {
-                kept.remove(0);
-            }
-            kept.push((shard, Arc::clone(&source)));
-        }
-        Ok(source)
+    pub fn new(vocab_size: u32) -> Handles {
+        let tables = TABLE_IDS / vocab_size.max(1) as usize;
+        Handles { files: Recent::new(OPEN_FILES), codecs: Recent::new(tables.clamp(1, 64)) }
     }
 }
 

@@ -3,7 +3,7 @@
 //! A cache is a folder of immutable, content-named shards, an append-only log of create-exclusive records and a
 //! manifest that compacts the log. `docs/format.md` states the format; the modules here follow its order.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod bytes;
 pub mod codec;
@@ -12,6 +12,7 @@ pub mod files;
 pub mod format;
 mod handles;
 pub mod log;
+mod owned;
 pub mod reader;
 pub mod recover;
 pub mod rows;

@@ -14,7 +14,7 @@ use crate::bytes::checksum;
 use crate::error::{Error, Part, Result};
 use crate::files;
 use crate::format::name::{check_shard_name, record_file, record_number};
-use crate::format::{MAJOR, MINOR};
+use crate::format::MAJOR;
 use crate::spec::Spec;
 
 const MAX_RECORD: u64 = 2 << 20;
@@ -84,7 +84,7 @@ pub fn shards_dir(root: &Path) -> PathBuf {
 
 fn seal(kind: &str, body: &impl Serialize) -> Result<Vec<u8>> {
     let body = serde_json::to_string(body).map_err(|e| Error::Refused(format!("cannot write JSON: {e}")))?;
-    let mut text = format!(r#"{{"potstill":"{kind}","version":[{MAJOR},{MINOR}],"required":[],"body":{body}"#);
+    let mut text = format!(r#"{{"potstill":"{kind}","version":[{MAJOR},0],"required":[],"body":{body}"#);
     let sum = checksum(text.as_bytes());
     text.push_str(&format!(",\"xxh3\":\"{sum:016x}\"}}\n"));
     Ok(text.into_bytes())

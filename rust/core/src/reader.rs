@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::codec::{Codec, Declared};
 use crate::error::{Error, Part, Result};
 use crate::files::{self, FileSource, Source};
 use crate::format::block::KIND_ROWS;
@@ -54,12 +55,12 @@ impl Reader {
         files::check_dir(&shards_dir(root))?;
         let mut reader = Reader {
             root: root.to_path_buf(),
+            handles: Handles::new(state.spec.vocab_size),
             spec: state.spec,
             shards: Vec::with_capacity(state.shards.len()),
             places: Vec::new(),
             index: HashMap::new(),
             tokens: 0,
-            handles: Handles::default(),
         };
         for entry in &state.shards {
             let shard = open_shard(root, &entry.name, &reader.spec)?;
@@ -156,16 +157,23 @@ impl Reader {
     }
 
     fn source(&self, shard: usize) -> Result<Arc<FileSource>> {
-        self.handles.get(shard, || {
+        self.handles.files.get(shard, || {
             let path = shards_dir(&self.root).join(shard_file(&self.shards[shard].name));
-            files::open_regular(&path).map_err(Error::io("open", &path))
+            files::open_regular(&path).map(Arc::new).map_err(Error::io("open", &path))
         })
+    }
+
+    fn codec(&self, shard: &Shard, source: &dyn Source) -> Result<Codec> {
+        match &shard.header.codec {
+            Declared::Plain(c) => Ok(Codec::Plain(c.clone())),
+            Declared::Dense(params) => self.handles.codecs.get(params.tables_sum, || shard.codec(source)),
+        }
     }
 
     // visits the row blocks that hold the first `rows` rows: f(block, first row, rows wanted of it)
     fn visit<F>(&self, sequence: usize, rows: usize, scratch: &mut Vec<u8>, mut f: F) -> Result<()>
     where
-        F: FnMut(&Shard, &crate::format::block::Block<'_>, usize, usize) -> std::result::Result<(), String>,
+        F: FnMut(&Codec, &crate::format::block::Block<'_>, usize, usize) -> std::result::Result<(), String>,
     {
         let place = self.places[sequence];
         let shard = &self.shards[place.shard];
@@ -175,6 +183,7 @@ impl Reader {
             return Err(Error::Refused(what));
         }
         let source = self.source(place.shard)?;
+        let codec = self.codec(shard, source.as_ref())?;
         let mut first = 0;
         for n in place.first_block..place.first_block + entry.blocks as usize {
             if first >= rows {
@@ -193,7 +202,7 @@ impl Reader {
                 )));
             }
             let wanted = (block.head.rows as usize).min(rows - first);
-            f(shard, &block, first, wanted).map_err(damaged)?;
+            f(&codec, &block, first, wanted).map_err(damaged)?;
             first += block.head.rows as usize;
         }
         Ok(())
@@ -203,8 +212,8 @@ impl Reader {
     pub fn read_tokens(&self, sequence: usize, out: &mut [i32]) -> Result<()> {
         let rows = out.len();
         with_scratch(|scratch| {
-            self.visit(sequence, rows, scratch, |shard, block, first, n| {
-                shard.header.codec.decode_tokens(block.payload, block.head.shape(), &mut out[first..first + n])
+            self.visit(sequence, rows, scratch, |codec, block, first, n| {
+                codec.decode_tokens(block.payload, block.head.shape(), &mut out[first..first + n])
             })
         })
     }
@@ -215,24 +224,23 @@ impl Reader {
         self.check_size(rows, &out)?;
         let k = self.spec.k as usize;
         with_scratch(|scratch| {
-            self.visit(sequence, rows, scratch, |shard, block, first, n| {
-                let codec = &shard.header.codec;
-                codec.decode_tokens(block.payload, block.head.shape(), &mut tokens[first..first + n])?;
-                codec.decode(block.payload, block.head.shape(), out.part(k, first, first + n))
+            self.visit(sequence, rows, scratch, |codec, block, first, n| {
+                let tokens = &mut tokens[first..first + n];
+                codec.decode(block.payload, block.head.shape(), out.part(k, first, first + n), Some(tokens))
             })
         })
     }
 
     fn check_size(&self, rows: usize, out: &RowsMut<'_>) -> Result<()> {
         let k = self.spec.k as usize;
-        if out.log_rest.len() == rows && out.ids.len() == rows * k && out.log_probs.len() == rows * k {
+        let extra = self.spec.layout.map_or(0, |l| l.extra);
+        let given = [out.ids.len(), out.log_probs.len(), out.log_rest.len()];
+        let columns = [(out.extra.len(), extra), (out.lse.len(), 1), (out.draws.len(), k)];
+        if given == [rows * k, rows * k, rows] && columns.iter().all(|(len, width)| [0, rows * width].contains(len)) {
             return Ok(());
         }
         Err(Error::Refused(format!(
-            "the output holds {} ids, {} log_probs and {} log_rest; {rows} rows of {k} entries are to be decoded",
-            out.ids.len(),
-            out.log_probs.len(),
-            out.log_rest.len()
+            "the output holds {given:?} ids, log_probs and log_rest; {rows} rows of {k} entries are to be decoded",
         )))
     }
 
@@ -247,20 +255,18 @@ impl Reader {
                 return Err(Error::Refused(format!("{want} tokens are given for {rows} rows")));
             }
         }
-        self.visit(wanted.sequence, rows, scratch, |shard, block, first, n| {
-            let codec = &shard.header.codec;
-            if let Some(given) = wanted.tokens {
-                cached.resize(n, 0);
-                codec.decode_tokens(block.payload, block.head.shape(), &mut cached)?;
-                let at = cached.iter().zip(&given[first..]).position(|(a, b)| a != b);
-                if let (None, Some(i)) = (differs, at) {
-                    differs = Some((first + i, cached[i]));
-                }
+        self.visit(wanted.sequence, rows, scratch, |codec, block, first, n| {
+            let out = out.part(k, first, first + n);
+            let Some(given) = wanted.tokens else {
+                return codec.decode(block.payload, block.head.shape(), out, None);
+            };
+            cached.resize(n, 0);
+            codec.decode(block.payload, block.head.shape(), out, Some(&mut cached))?;
+            let at = cached.iter().zip(&given[first..]).position(|(a, b)| a != b);
+            if let (None, Some(i)) = (differs, at) {
+                differs = Some((first + i, cached[i]));
             }
-            if differs.is_some() {
-                return Ok(());
-            }
-            codec.decode(block.payload, block.head.shape(), out.part(k, first, first + n))
+            Ok(())
         })?;
         let Some(given) = wanted.tokens else { return Ok(()) };
         let mismatch = |position: usize, given: String, cached: String| {
@@ -276,20 +282,56 @@ impl Reader {
     }
 
     /// Decodes B sequences into [B, length, k] buffers and fills the rest of each with missing rows.
-    pub fn read_batch(&self, wanted: &[Wanted<'_>], length: usize, mut out: RowsMut<'_>) -> Result<()> {
-        let k = self.spec.k as usize;
+    pub fn read_batch(&self, wanted: &[Wanted<'_>], length: usize, out: RowsMut<'_>, threads: usize) -> Result<()> {
+        if let Some((b, w)) = wanted.iter().enumerate().find(|(_, w)| w.rows > length) {
+            return Err(Error::Refused(format!("sequence {b} has {} rows, the output holds {length}", w.rows)));
+        }
         self.check_size(wanted.len() * length, &out)?;
+        self.spread(wanted, &vec![length; wanted.len()], out, threads)
+    }
+
+    /// Decodes sequences one behind the other into [rows of all, k] buffers.
+    pub fn read_packed(&self, wanted: &[Wanted<'_>], out: RowsMut<'_>, threads: usize) -> Result<()> {
+        let lengths: Vec<usize> = wanted.iter().map(|w| w.rows).collect();
+        self.check_size(lengths.iter().sum(), &out)?;
+        self.spread(wanted, &lengths, out, threads)
+    }
+
+    // halves the work until each thread has its share; threads end with the call, so a fork never meets one
+    fn spread(&self, wanted: &[Wanted<'_>], lengths: &[usize], out: RowsMut<'_>, threads: usize) -> Result<()> {
+        if threads < 2 || wanted.len() < 2 {
+            return self.read_each(wanted, lengths, out);
+        }
+        let total: usize = lengths.iter().sum();
+        let (mut at, mut rows) = (0, 0);
+        while at + 1 < wanted.len() && (at == 0 || rows + lengths[at] / 2 < total / 2) {
+            rows += lengths[at];
+            at += 1;
+        }
+        let (first, second) = out.split(self.spec.k as usize, rows);
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| self.spread(&wanted[at..], &lengths[at..], second, threads / 2));
+            let here = self.spread(&wanted[..at], &lengths[..at], first, threads - threads / 2);
+            let there = other.join().unwrap_or_else(|_| Err(Error::Stopped("a decoding thread died".into())));
+            here.and(there)
+        })
+    }
+
+    fn read_each(&self, wanted: &[Wanted<'_>], lengths: &[usize], mut out: RowsMut<'_>) -> Result<()> {
+        let k = self.spec.k as usize;
         with_scratch(|scratch| {
-            for (b, w) in wanted.iter().enumerate() {
-                if w.rows > length {
-                    return Err(Error::Refused(format!("sequence {b} has {} rows, the output holds {length}", w.rows)));
-                }
-                let (start, split, end) = (b * length, b * length + w.rows, (b + 1) * length);
+            let mut start = 0;
+            for (w, length) in wanted.iter().zip(lengths) {
+                let (split, end) = (start + w.rows, start + length);
                 self.read(w, out.part(k, start, split), scratch)?;
                 let padding = out.part(k, split, end);
+                start = end;
                 padding.ids.fill(-1);
                 padding.log_probs.fill(f32::NEG_INFINITY);
                 padding.log_rest.fill(0.0);
+                padding.extra.fill(0.0);
+                padding.lse.fill(0.0);
+                padding.draws.fill(0);
             }
             Ok(())
         })

@@ -87,6 +87,9 @@ fn shard_damage(root: &Path, name: &str, spec: &Spec) -> Option<String> {
         Ok(source) => source,
         Err(e) => return Some(format!("{}: {e}", path.display())),
     };
+    if let Err(e) = shard.check_tables(&source) {
+        return Some(e.to_string());
+    }
     let mut scratch = Vec::new();
     let mut problems = (0..shard.footer.blocks.len()).filter_map(|n| shard.block(&source, n, &mut scratch).err());
     problems.next().map(|e| e.to_string())

@@ -1,38 +1,82 @@
 //! The rows of one sequence and the rules they must obey before they may be written.
 
+use crate::codec::dense::{Layout, Values};
 use crate::error::{Error, Result};
+use crate::spec::Spec;
 
 /// Log-probabilities and masses may exceed their bound by this much when writing (float noise of the teacher).
 pub const TOLERANCE: f32 = 1e-3;
 /// Bound on the mass of a stored row: `TOLERANCE` plus the codec's rounding.
 pub const STORED_MASS: f32 = 1.01;
+/// Draws of one entry.
+pub const MAX_DRAWS: i32 = 65_536;
 /// Tokens in one sequence.
 pub const MAX_TOKENS: usize = 1 << 28;
 
-/// Borrowed rows: tokens [L], ids [L, k], log_probs [L, k], log_rest [L].
-#[derive(Clone, Copy)]
+/// Borrowed rows: tokens [L], ids [L, k], log_probs [L, k], log_rest [L]; and, empty where there are none, further
+/// log-probabilities extra [L, E], log-sum-exps lse [L] and draws of each entry [L, k].
+#[derive(Clone, Copy, Default)]
 pub struct Rows<'a> {
     pub k: usize,
     pub tokens: &'a [i32],
     pub ids: &'a [i32],
     pub log_probs: &'a [f32],
     pub log_rest: &'a [f32],
+    pub extra: &'a [f32],
+    pub lse: &'a [f32],
+    pub draws: &'a [i32],
 }
 
-/// Caller memory for decoded rows: ids [L, k], log_probs [L, k], log_rest [L].
+/// Caller memory for decoded rows: ids [L, k], log_probs [L, k], log_rest [L]; extra [L, E], lse [L] and draws [L, k] may
+/// be empty where they are not wanted.
+#[derive(Default)]
 pub struct RowsMut<'a> {
     pub ids: &'a mut [i32],
     pub log_probs: &'a mut [f32],
     pub log_rest: &'a mut [f32],
+    pub extra: &'a mut [f32],
+    pub lse: &'a mut [f32],
+    pub draws: &'a mut [i32],
 }
 
-impl RowsMut<'_> {
+// rows first..end of a column of `width` values a row that may be absent
+fn cut<T>(column: &[T], width: usize, first: usize, end: usize) -> &[T] {
+    column.get(first * width..end * width).unwrap_or_default()
+}
+
+fn cut_mut<T>(column: &mut [T], width: usize, first: usize, end: usize) -> &mut [T] {
+    column.get_mut(first * width..end * width).unwrap_or_default()
+}
+
+impl<'a> RowsMut<'a> {
+    /// The memory of the first `rows` rows and that of the others.
+    pub fn split(self, k: usize, rows: usize) -> (RowsMut<'a>, RowsMut<'a>) {
+        let extra = self.extra.len().checked_div(self.log_rest.len()).unwrap_or(0);
+        let (ids, log_probs, draws) = (
+            self.ids.split_at_mut(rows * k),
+            self.log_probs.split_at_mut(rows * k),
+            self.draws.split_at_mut((rows * k).min(self.draws.len())),
+        );
+        let (log_rest, lse) = (self.log_rest.split_at_mut(rows), self.lse.split_at_mut(rows.min(self.lse.len())));
+        let further = self.extra.split_at_mut(rows * extra);
+        let part =
+            |ids, log_probs, log_rest, extra, lse, draws| RowsMut { ids, log_probs, log_rest, extra, lse, draws };
+        (
+            part(ids.0, log_probs.0, log_rest.0, further.0, lse.0, draws.0),
+            part(ids.1, log_probs.1, log_rest.1, further.1, lse.1, draws.1),
+        )
+    }
+
     /// The memory of rows `first..end` of k entries.
     pub fn part(&mut self, k: usize, first: usize, end: usize) -> RowsMut<'_> {
+        let extra = self.extra.len().checked_div(self.log_rest.len()).unwrap_or(0);
         RowsMut {
             ids: &mut self.ids[first * k..end * k],
             log_probs: &mut self.log_probs[first * k..end * k],
             log_rest: &mut self.log_rest[first..end],
+            extra: cut_mut(self.extra, extra, first, end),
+            lse: cut_mut(self.lse, 1, first, end),
+            draws: cut_mut(self.draws, k, first, end),
         }
     }
 }
@@ -54,6 +98,9 @@ impl<'a> Rows<'a> {
             ids: &self.ids[first * self.k..end * self.k],
             log_probs: &self.log_probs[first * self.k..end * self.k],
             log_rest: &self.log_rest[first..end],
+            extra: cut(self.extra, self.extra.len().checked_div(self.len()).unwrap_or(0), first, end),
+            lse: cut(self.lse, 1, first, end),
+            draws: cut(self.draws, self.k, first, end),
         }
     }
 
@@ -67,12 +114,26 @@ pub struct Checker {
     vocab_size: u32,
     max_k: usize,
     max_mass: f32,
+    layout: Option<Layout>,
     seen: Vec<u64>,
 }
 
 impl Checker {
-    pub fn new(vocab_size: u32, max_k: u32, max_mass: f32) -> Self {
-        Checker { vocab_size, max_k: max_k as usize, max_mass, seen: vec![0; (vocab_size as usize).div_ceil(64)] }
+    /// For rows that a caller gives.
+    pub fn new(spec: &Spec) -> Self {
+        Checker {
+            vocab_size: spec.vocab_size,
+            max_k: spec.k as usize,
+            max_mass: 1.0 + TOLERANCE,
+            layout: spec.layout,
+            seen: vec![0; (spec.vocab_size as usize).div_ceil(64)],
+        }
+    }
+
+    /// For rows that a cache holds: the codec's rounding may have lifted their mass.
+    pub fn stored(spec: &Spec) -> Self {
+        let slack = spec.layout.map_or(1.0, |l| l.values.mass_slack());
+        Checker { max_mass: STORED_MASS * slack, ..Self::new(spec) }
     }
 
     /// Entries of each row. Refuses what must not be stored, naming key, row and value.
@@ -91,6 +152,7 @@ impl Checker {
                 n * k, n * k, rows.ids.len(), rows.log_probs.len(), rows.log_rest.len()
             )));
         }
+        self.check_columns(key, rows)?;
         if let Some(i) = rows.tokens.iter().position(|t| *t < 0) {
             let what = format!("token {} is negative", rows.tokens[i]);
             return Err(Error::BadRow { key: key.to_string(), row: i, what });
@@ -99,11 +161,57 @@ impl Checker {
         for i in 0..n {
             let (ids, log_probs) = rows.row(i);
             match self.check_row(ids, log_probs, rows.log_rest[i]) {
-                Ok(count) => counts.push(count),
+                Ok(count) => {
+                    counts.push(count);
+                    self.check_further(rows, i, count).map_err(|what| Error::BadRow {
+                        key: key.to_string(),
+                        row: i,
+                        what,
+                    })?;
+                }
                 Err(what) => return Err(Error::BadRow { key: key.to_string(), row: i, what }),
             }
         }
         Ok(())
+    }
+
+    // the columns that the layout asks for, and no others
+    fn check_columns(&self, key: &str, rows: &Rows<'_>) -> Result<()> {
+        let n = rows.len();
+        let wanted = match self.layout {
+            None => [0, 0, 0],
+            Some(l) => [
+                n * l.extra,
+                if l.values == Values::Bf16Logits { n } else { 0 },
+                if l.sampled { n * rows.k } else { 0 },
+            ],
+        };
+        let given = [rows.extra.len(), rows.lse.len(), rows.draws.len()];
+        if given == wanted {
+            return Ok(());
+        }
+        Err(Error::Refused(format!(
+            "sequence {key:?}: further log-probabilities, lse and counts hold {given:?} values, the spec wants {wanted:?}"
+        )))
+    }
+
+    fn check_further(&self, rows: &Rows<'_>, i: usize, count: u16) -> std::result::Result<(), String> {
+        let width = rows.extra.len() / rows.len();
+        if let Some(r) = rows.extra[i * width..(i + 1) * width].iter().find(|r| r.is_nan() || **r > TOLERANCE) {
+            return Err(format!("a further log-probability is {r}, at most 0 (or -inf) is accepted"));
+        }
+        if let Some(lse) = rows.lse.get(i).filter(|l| !l.is_finite()) {
+            return Err(format!("lse is {lse}, a finite number is accepted"));
+        }
+        let draws = cut(rows.draws, rows.k, i, i + 1);
+        let (drawn, missing) = draws.split_at(usize::from(count).min(draws.len()));
+        if let Some(d) = drawn.iter().find(|d| !(1..=MAX_DRAWS).contains(*d)) {
+            return Err(format!("an entry was drawn {d} times, 1 to {MAX_DRAWS} is accepted"));
+        }
+        match missing.iter().find(|d| **d != 0) {
+            Some(d) => Err(format!("a missing entry was drawn {d} times")),
+            None => Ok(()),
+        }
     }
 
     fn check_row(&mut self, ids: &[i32], log_probs: &[f32], log_rest: f32) -> std::result::Result<u16, String> {
@@ -204,8 +312,9 @@ mod tests {
     use super::*;
 
     fn refusal(ids: &[i32], log_probs: &[f32], log_rest: f32) -> String {
-        let rows = Rows { k: ids.len(), tokens: &[3], ids, log_probs, log_rest: &[log_rest] };
-        let mut checker = Checker::new(100, 8, 1.0 + TOLERANCE);
+        let rows = Rows { k: ids.len(), tokens: &[3], ids, log_probs, log_rest: &[log_rest], ..Rows::default() };
+        let spec = Spec::from_stored(r#"{"vocab_size":100,"k":8}"#).expect("a spec");
+        let mut checker = Checker::new(&spec);
         checker.check("a key", &rows, &mut Vec::new()).expect_err("must be refused").to_string()
     }
 

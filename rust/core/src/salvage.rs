@@ -4,17 +4,20 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::codec::Codec;
+use crate::codec::dense::{Dense, Tables, MAX_TABLES, TABLES_MAGIC};
+use crate::codec::{Codec, Declared};
 use crate::error::{Error, Result};
 use crate::files::{self, FileSource, Source, OPEN, SMALL};
 use crate::format::block::{self, Block, KIND_ROWS};
-use crate::format::MAX_BLOCK_DECODED;
+use crate::format::header::Header;
 use crate::log::open_dir;
-use crate::rows::{Rows, RowsMut};
-use crate::shard::read_header;
+use crate::owned::OwnedRows;
+use crate::shard::{read_header, read_tables};
+use crate::spec::Spec;
 use crate::writer::Writer;
 
 /// What was taken over, and what could not be.
@@ -27,41 +30,6 @@ pub struct Salvage {
     pub known: u64,
     /// One line for each thing that is lost or was put aside.
     pub lost: Vec<String>,
-}
-
-// rows of one sequence, collected block by block
-#[derive(Default)]
-struct Partial {
-    tokens: Vec<i32>,
-    ids: Vec<i32>,
-    log_probs: Vec<f32>,
-    log_rest: Vec<f32>,
-}
-
-impl Partial {
-    fn push(&mut self, block: &Block<'_>, codec: &Codec, k: usize) -> std::result::Result<(), String> {
-        let (old, new) = (self.tokens.len(), self.tokens.len() + block.head.rows as usize);
-        let size = block.head.rows as u64 * k as u64;
-        // a row takes at least 4 bytes of payload: nothing is allocated for rows that cannot be there
-        if block.head.rows as usize > block.payload.len() || size > MAX_BLOCK_DECODED {
-            return Err(format!("{} rows in {} bytes", block.head.rows, block.payload.len()));
-        }
-        self.tokens.resize(new, 0);
-        self.ids.resize(new * k, 0);
-        self.log_probs.resize(new * k, 0.0);
-        self.log_rest.resize(new, 0.0);
-        codec.decode_tokens(block.payload, block.head.shape(), &mut self.tokens[old..])?;
-        let out = RowsMut {
-            ids: &mut self.ids[old * k..],
-            log_probs: &mut self.log_probs[old * k..],
-            log_rest: &mut self.log_rest[old..],
-        };
-        codec.decode(block.payload, block.head.shape(), out)
-    }
-
-    fn rows(&self, k: usize) -> Rows<'_> {
-        Rows { k, tokens: &self.tokens, ids: &self.ids, log_probs: &self.log_probs, log_rest: &self.log_rest }
-    }
 }
 
 /// Takes over the open shards of writers that died. A living writer holds a lock on its file and is left alone.
@@ -101,15 +69,19 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
             salvage.lost.push(format!("{name} was written for another spec and stays where it is"));
             return Ok(false);
         }
-        Ok((header, _)) => header.codec,
+        Ok((header, _)) => find_codec(&source, Some(&header), writer.spec()),
         Err(Error::Unsupported { what, .. }) => {
             salvage.lost.push(format!("{name} stays where it is: {what}"));
             return Ok(false);
         }
-        Err(_) => Codec::for_spec(writer.spec()),
+        Err(_) => find_codec(&source, None, writer.spec()),
+    };
+    let Some(codec) = codec else {
+        salvage.lost.push(format!("{name}: neither copy of its tables is whole"));
+        return Ok(true);
     };
     let k = writer.spec().k as usize;
-    let mut open: HashMap<String, Partial> = HashMap::new();
+    let mut open: HashMap<String, OwnedRows> = HashMap::new();
     let mut lost = Vec::new();
     let mut failed = None;
     let torn = scan(&source, |block| {
@@ -118,13 +90,13 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
         }
         let key = block.head.key;
         if block.head.first_row == 0 {
-            open.insert(key.to_string(), Partial::default());
+            open.insert(key.to_string(), OwnedRows::new(&codec, k));
         }
         let Some(partial) = open.get_mut(key).filter(|p| p.tokens.len() == block.head.first_row as usize) else {
             lost.push(format!("{name}, block {}: the rows of {key:?} before it are lost", block.head.number));
             return;
         };
-        if let Err(what) = partial.push(block, &codec, k) {
+        if let Err(what) = partial.push(block, &codec).map(|_| ()) {
             lost.push(format!("{name}, block {}: {what}", block.head.number));
             open.remove(key);
             return;
@@ -133,7 +105,7 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
             return;
         }
         let Some(whole) = open.remove(key) else { return };
-        match writer.add_stored(key, &whole.rows(k)) {
+        match writer.add_stored(key, &whole.rows()) {
             Ok(true) => {
                 salvage.sequences += 1;
                 salvage.tokens += whole.tokens.len() as u64;
@@ -150,6 +122,33 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
     lost.extend(open.keys().map(|key| format!("{name}: sequence {key:?} is not whole")));
     salvage.lost.extend(lost);
     failed.map_or(Ok(true), Err)
+}
+
+// the codec of a file whose header or tables may be damaged: any whole copy of the tables will do
+fn find_codec(source: &dyn Source, header: Option<&Header>, spec: &Spec) -> Option<Codec> {
+    let Some(layout) = spec.layout else { return Some(Codec::for_spec(spec)) };
+    let dense = |tables| Codec::Dense(Dense { layout, tables: Arc::new(tables) });
+    if let Some(Header { codec: Declared::Dense(params), len, .. }) = header {
+        if let Ok(tables) = read_tables(source, *len as u64, params) {
+            return Some(dense(tables));
+        }
+    }
+    let len = source.len();
+    let mut head = [0u8; 8];
+    let mut budget = len.saturating_mul(16);
+    for at in (0..len.saturating_sub(8)).step_by(8) {
+        source.read_at(at, &mut head).ok()?;
+        let claimed = u64::from(u32::from_le_bytes([head[4], head[5], head[6], head[7]]));
+        if head[..4] == TABLES_MAGIC && claimed <= len - at && claimed <= (MAX_TABLES as u64).min(budget) {
+            budget -= claimed;
+            let mut bytes = vec![0u8; claimed as usize];
+            source.read_at(at, &mut bytes).ok()?;
+            if let Ok(tables) = Tables::decode(&bytes, layout) {
+                return Some(dense(tables));
+            }
+        }
+    }
+    None
 }
 
 /// Calls `found` for every whole block, stepping over damage to the next place where a block begins. Returns how many

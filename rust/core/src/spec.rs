@@ -3,6 +3,8 @@
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::codec::dense::{Layout, Values, MAX_EXTRA, MAX_VOCAB as MAX_DENSE_VOCAB};
+
 /// A row holds at most this many entries (its count is a u16).
 pub const MAX_K: u64 = 65_535;
 /// Ids are non-negative i32.
@@ -16,6 +18,8 @@ pub struct Spec {
     /// The exact bytes that are stored and hashed.
     pub text: String,
     pub hash: [u8; 32],
+    /// How the dense codec stores rows; None for the plain one.
+    pub layout: Option<Layout>,
     fields: Map<String, Value>,
 }
 
@@ -39,6 +43,53 @@ fn number(fields: &Map<String, Value>, name: &str, max: u64) -> Result<u32, Stri
     }
 }
 
+// values: a name, plain where it is missing; temperatures: numbers, of which 1 is log_rest itself; sampled and
+// token_log_probs: true or false
+fn layout(fields: &Map<String, Value>, vocab_size: u32, k: u32) -> Result<Option<Layout>, String> {
+    let flag = |name: &str| match fields.get(name) {
+        None => Ok(false),
+        Some(Value::Bool(b)) => Ok(*b),
+        Some(other) => Err(format!("the spec's {name} is {other}, true or false is accepted")),
+    };
+    let none = Vec::new();
+    let temperatures = match fields.get("temperatures") {
+        None => &none,
+        Some(Value::Array(list)) => list,
+        Some(other) => return Err(format!("the spec's temperatures are {other}, a list is accepted")),
+    };
+    let mut others: Vec<f64> = temperatures.iter().filter_map(Value::as_f64).collect();
+    if others.len() != temperatures.len() || others.iter().any(|t| !(t.is_finite() && *t > 0.0)) {
+        return Err(format!("the spec's temperatures are {temperatures:?}, positive numbers are accepted"));
+    }
+    others.sort_by(f64::total_cmp);
+    if others.windows(2).any(|w| w[0] == w[1]) {
+        return Err(format!("the spec's temperatures are {temperatures:?}, each may stand there once"));
+    }
+    others.retain(|t| *t != 1.0);
+    let (sampled, token) = (flag("sampled")?, flag("token_log_probs")?);
+    let extra = others.len() + usize::from(token);
+    let name = match fields.get("values") {
+        None => "plain",
+        Some(Value::String(name)) => name.as_str(),
+        Some(other) => return Err(format!("the spec's values are {other}, a string is accepted")),
+    };
+    let Some(values) = Values::from_name(name)? else {
+        return match extra > 0 || sampled {
+            true => Err("plain values have no further columns; give values = \"1/16\" or others".to_string()),
+            false => Ok(None),
+        };
+    };
+    if vocab_size > MAX_DENSE_VOCAB {
+        let what =
+            format!("a vocabulary of {vocab_size}; at most {MAX_DENSE_VOCAB} is accepted unless values are plain");
+        return Err(what);
+    }
+    if extra > MAX_EXTRA {
+        return Err(format!("{extra} further columns, at most {MAX_EXTRA} are accepted"));
+    }
+    Ok(Some(Layout { values, vocab_size, k, extra, sampled }))
+}
+
 impl Spec {
     /// A stored spec: its text is kept as it is.
     pub fn from_stored(text: &str) -> Result<Spec, String> {
@@ -52,7 +103,8 @@ impl Spec {
         if k > vocab_size {
             return Err(format!("the spec's k = {k} is above its vocab_size = {vocab_size}"));
         }
-        Ok(Spec { vocab_size, k, text: text.to_string(), hash: sha256(&[text.as_bytes()]), fields })
+        let layout = layout(&fields, vocab_size, k)?;
+        Ok(Spec { vocab_size, k, text: text.to_string(), hash: sha256(&[text.as_bytes()]), layout, fields })
     }
 
     /// A spec given by a caller: stored with sorted names and no spaces.

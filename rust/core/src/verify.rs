@@ -8,13 +8,16 @@ use serde_json::{json, Value};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::bytes::token_hash;
+use crate::codec::dense::Coded;
+use crate::codec::Codec;
 use crate::error::{Error, Part, Result};
 use crate::files::{self, Source, OPEN};
-use crate::format::block::KIND_ROWS;
+use crate::format::block::{Block, KIND_ROWS};
 use crate::format::name::shard_file;
 use crate::log::{self, open_dir, shards_dir, State};
+use crate::owned::OwnedRows;
 use crate::reader::Reader;
-use crate::rows::{Checker, Rows, RowsMut, STORED_MASS};
+use crate::rows::Checker;
 use crate::shard::{open_shard, Shard};
 use crate::spec::Spec;
 
@@ -130,12 +133,19 @@ fn verify_shard(root: &Path, shard: &Shard, spec: &Spec, report: &mut Report) {
             return;
         }
     };
-    let mut checker = Checker::new(spec.vocab_size, spec.k, STORED_MASS);
+    let codec = match shard.check_tables(&source).and_then(|()| shard.codec(&source)) {
+        Ok(codec) => codec,
+        Err(e) => {
+            report.problems.push(problem(&e, &shard_file(&shard.name)));
+            return;
+        }
+    };
+    let mut checker = Checker::stored(spec);
     let mut next = 0;
     for sequence in 0..shard.footer.sequences.len() {
         let blocks = next..next + shard.footer.sequences[sequence].blocks as usize;
         next = blocks.end;
-        let found = verify_sequence(&source, shard, sequence, blocks, spec, &mut checker);
+        let found = verify_sequence(&source, shard, &codec, sequence, blocks, &mut checker);
         report.problems.extend(found.iter().map(|e| problem(e, &shard_file(&shard.name))));
     }
 }
@@ -144,15 +154,16 @@ fn verify_shard(root: &Path, shard: &Shard, spec: &Spec, report: &mut Report) {
 fn verify_sequence(
     source: &dyn Source,
     shard: &Shard,
+    codec: &Codec,
     sequence: usize,
     blocks: std::ops::Range<usize>,
-    spec: &Spec,
     checker: &mut Checker,
 ) -> Vec<Error> {
     let entry = &shard.footer.sequences[sequence];
     let file = shard_file(&shard.name);
     let (mut problems, mut scratch, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
-    let mut content = Xxh3Default::new();
+    let (mut content, mut whole) = (Xxh3Default::new(), Coded::default());
+    let mut rows = OwnedRows::new(codec, shard.header.k as usize);
     let mut first_row = 0;
     let end = blocks.end;
     for n in blocks {
@@ -170,39 +181,46 @@ fn verify_sequence(
         let placed = head.key == entry.key && head.last == (n + 1 == end);
         let in_order = !problems.is_empty() || head.first_row as usize == first_row;
         let checked = if placed && in_order {
-            check_rows(&shard.header.codec, &block, spec, checker, &mut tokens)
+            check_rows(&block, codec, &mut rows, checker, &mut whole)
         } else {
             Err(format!("{head:?} is not the block of sequence {:?} that belongs here", entry.key))
         };
         if let Err(what) = checked {
             problems.push(Error::damaged(&file, Part::Block(n as u32), what));
         }
+        tokens.extend_from_slice(&rows.tokens);
         content.update(block.payload);
         first_row += head.rows as usize;
     }
-    if problems.is_empty() && (token_hash(&tokens) != entry.token_hash || content.digest128() != entry.content_hash) {
+    if !problems.is_empty() {
+        return problems;
+    }
+    let content = match codec {
+        Codec::Plain(_) => content.digest128(),
+        Codec::Dense(_) => whole.hash(),
+    };
+    if token_hash(&tokens) != entry.token_hash || content != entry.content_hash {
         let what = format!("the hashes of sequence {:?} differ from its blocks", entry.key);
         problems.push(Error::damaged(&file, Part::Index, what));
     }
     problems
 }
 
+// decodes one block and judges its rows; a dense block's codes are kept for the content hash
 fn check_rows(
-    codec: &crate::codec::Codec,
-    block: &crate::format::block::Block<'_>,
-    spec: &Spec,
+    block: &Block<'_>,
+    codec: &Codec,
+    rows: &mut OwnedRows,
     checker: &mut Checker,
-    all_tokens: &mut Vec<i32>,
+    whole: &mut Coded,
 ) -> std::result::Result<(), String> {
-    let (n, k) = (block.head.rows as usize, spec.k as usize);
-    let (mut tokens, mut ids) = (vec![0; n], vec![0; n * k]);
-    let (mut log_probs, mut log_rest) = (vec![0.0; n * k], vec![0.0; n]);
-    codec.decode_tokens(block.payload, block.head.shape(), &mut tokens)?;
-    let out = RowsMut { ids: &mut ids, log_probs: &mut log_probs, log_rest: &mut log_rest };
-    codec.decode(block.payload, block.head.shape(), out)?;
-    all_tokens.extend_from_slice(&tokens);
-    let rows = Rows { k, tokens: &tokens, ids: &ids, log_probs: &log_probs, log_rest: &log_rest };
-    checker.check(block.head.key, &rows, &mut Vec::new()).map_err(|e| e.to_string())
+    rows.clear();
+    let found = rows.push(block, codec)?;
+    checker.check(block.head.key, &found, &mut Vec::new()).map_err(|e| e.to_string())?;
+    if let Codec::Dense(dense) = codec {
+        whole.append(&dense.decode_coded(block.payload, block.head.shape())?);
+    }
+    Ok(())
 }
 
 /// A summary for people and for `--json`.

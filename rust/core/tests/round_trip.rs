@@ -49,7 +49,14 @@ fn sequence() -> impl Strategy<Value = Sequence> {
 
 impl Sequence {
     fn rows(&self) -> Rows<'_> {
-        Rows { k: K, tokens: &self.tokens, ids: &self.ids, log_probs: &self.log_probs, log_rest: &self.log_rest }
+        Rows {
+            k: K,
+            tokens: &self.tokens,
+            ids: &self.ids,
+            log_probs: &self.log_probs,
+            log_rest: &self.log_rest,
+            ..Rows::default()
+        }
     }
 
     fn empty(rows: usize) -> Sequence {
@@ -62,7 +69,12 @@ impl Sequence {
     }
 
     fn out(&mut self) -> RowsMut<'_> {
-        RowsMut { ids: &mut self.ids, log_probs: &mut self.log_probs, log_rest: &mut self.log_rest }
+        RowsMut {
+            ids: &mut self.ids,
+            log_probs: &mut self.log_probs,
+            log_rest: &mut self.log_rest,
+            ..RowsMut::default()
+        }
     }
 
     fn same(&self, other: &Sequence) -> bool {
@@ -111,7 +123,7 @@ proptest! {
         let rows = cut.min(s.tokens.len());
         let mut got = Sequence::empty(s.tokens.len());
         let wanted = [Wanted { sequence: 0, rows, tokens: Some(&s.tokens[..rows]) }];
-        reader.read_batch(&wanted, s.tokens.len(), got.out()).expect("the rows");
+        reader.read_batch(&wanted, s.tokens.len(), got.out(), 1).expect("the rows");
         prop_assert_eq!(&got.ids[..rows * K], &s.ids[..rows * K]);
         prop_assert!(got.ids[rows * K..].iter().all(|id| *id == -1));
         prop_assert!(got.log_rest[rows..].iter().all(|r| *r == 0.0));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use numpy::{PyReadonlyArray1, PyReadwriteArray1, PyReadwriteArray2};
+use numpy::{Element, PyReadonlyArray1, PyReadwriteArray1};
 use potstill_core::reader::{Reader, Wanted};
 use potstill_core::{verify as tools, RowsMut};
 use pyo3::prelude::*;
@@ -70,38 +70,52 @@ impl Cache {
         py.detach(read).map_err(|e| to_python(py, e))
     }
 
-    /// Decodes a whole sequence into tokens [L], ids [L, k], log_probs [L, k] and log_rest [L].
+    /// Decodes a whole sequence into flat memory: tokens [L], then as in read_many.
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (key, tokens, ids, log_probs, log_rest, extra=None, lse=None, counts=None))]
     fn read(
         &self,
         py: Python<'_>,
         key: &str,
         mut tokens: PyReadwriteArray1<'_, i32>,
-        mut ids: PyReadwriteArray2<'_, i32>,
-        mut log_probs: PyReadwriteArray2<'_, f32>,
+        mut ids: PyReadwriteArray1<'_, i32>,
+        mut log_probs: PyReadwriteArray1<'_, f32>,
         mut log_rest: PyReadwriteArray1<'_, f32>,
+        mut extra: Option<PyReadwriteArray1<'_, f32>>,
+        mut lse: Option<PyReadwriteArray1<'_, f32>>,
+        mut counts: Option<PyReadwriteArray1<'_, i32>>,
     ) -> PyResult<()> {
         let tokens = tokens.as_slice_mut()?;
         let out = RowsMut {
             ids: ids.as_slice_mut()?,
             log_probs: log_probs.as_slice_mut()?,
             log_rest: log_rest.as_slice_mut()?,
+            extra: optional(&mut extra)?,
+            lse: optional(&mut lse)?,
+            draws: optional(&mut counts)?,
         };
         py.detach(|| self.inner.read_sequence(self.inner.require(key)?, tokens, out)).map_err(|e| to_python(py, e))
     }
 
-    /// Decodes B sequences into flat [B * length * k] and [B * length] memory; rows[b] of sequence b, the rest is filled
-    /// with missing rows. tokens, when given, holds an int32 array for each sequence.
+    /// Decodes sequences, rows[b] of sequence b, into flat memory: ids and log_probs [N * k], log_rest [N], extra [N * E],
+    /// lse [N], counts [N * k]. With a length N is B * length and the rest of each sequence is filled with missing rows;
+    /// without one N is sum(rows). tokens, when given, holds an int32 array for each sequence.
     #[allow(clippy::too_many_arguments)]
-    fn read_batch(
+    #[pyo3(signature = (keys, rows, length, ids, log_probs, log_rest, tokens=None, extra=None, lse=None, counts=None, threads=1))]
+    fn read_many(
         &self,
         py: Python<'_>,
         keys: Vec<String>,
         rows: Vec<usize>,
-        length: usize,
+        length: Option<usize>,
         mut ids: PyReadwriteArray1<'_, i32>,
         mut log_probs: PyReadwriteArray1<'_, f32>,
         mut log_rest: PyReadwriteArray1<'_, f32>,
         tokens: Option<Vec<PyReadonlyArray1<'_, i32>>>,
+        mut extra: Option<PyReadwriteArray1<'_, f32>>,
+        mut lse: Option<PyReadwriteArray1<'_, f32>>,
+        mut counts: Option<PyReadwriteArray1<'_, i32>>,
+        threads: usize,
     ) -> PyResult<()> {
         let mut wanted = Vec::with_capacity(keys.len());
         for (b, (key, rows)) in keys.iter().zip(&rows).enumerate() {
@@ -116,8 +130,22 @@ impl Cache {
             ids: ids.as_slice_mut()?,
             log_probs: log_probs.as_slice_mut()?,
             log_rest: log_rest.as_slice_mut()?,
+            extra: optional(&mut extra)?,
+            lse: optional(&mut lse)?,
+            draws: optional(&mut counts)?,
         };
-        py.detach(|| self.inner.read_batch(&wanted, length, out)).map_err(|e| to_python(py, e))
+        let read = || match length {
+            Some(length) => self.inner.read_batch(&wanted, length, out, threads),
+            None => self.inner.read_packed(&wanted, out, threads),
+        };
+        py.detach(read).map_err(|e| to_python(py, e))
+    }
+}
+
+fn optional<'a, T: Element>(array: &'a mut Option<PyReadwriteArray1<'_, T>>) -> PyResult<&'a mut [T]> {
+    match array {
+        Some(array) => Ok(array.as_slice_mut()?),
+        None => Ok(&mut []),
     }
 }
 

@@ -27,6 +27,8 @@ impl Writer {
     }
 
     /// Adds a sequence of contiguous arrays; False when it is there already with equal content.
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (key, tokens, ids, log_probs, log_rest, extra=None, lse=None, counts=None))]
     fn add(
         &mut self,
         py: Python<'_>,
@@ -35,6 +37,9 @@ impl Writer {
         ids: PyReadonlyArray2<'_, i32>,
         log_probs: PyReadonlyArray2<'_, f32>,
         log_rest: PyReadonlyArray1<'_, f32>,
+        extra: Option<PyReadonlyArray2<'_, f32>>,
+        lse: Option<PyReadonlyArray1<'_, f32>>,
+        counts: Option<PyReadonlyArray2<'_, i32>>,
     ) -> PyResult<bool> {
         if ids.shape() != log_probs.shape() {
             let what = format!("sequence {key:?}: ids has shape {:?}, log_probs {:?}", ids.shape(), log_probs.shape());
@@ -46,6 +51,9 @@ impl Writer {
             ids: ids.as_slice()?,
             log_probs: log_probs.as_slice()?,
             log_rest: log_rest.as_slice()?,
+            extra: extra.as_ref().map_or(Ok(&[] as &[f32]), |a| a.as_slice())?,
+            lse: lse.as_ref().map_or(Ok(&[] as &[f32]), |a| a.as_slice())?,
+            draws: counts.as_ref().map_or(Ok(&[] as &[i32]), |a| a.as_slice())?,
         };
         let inner = &mut self.inner;
         py.detach(|| inner.add(key, &rows)).map_err(|e| to_python(py, e))

@@ -5,22 +5,24 @@
 
 use super::{MAJOR, MAX_HEADER, MINOR};
 use crate::bytes::{checksum, pad, padded, Cursor};
-use crate::codec::Codec;
+use crate::codec::{Codec, Declared};
 use crate::spec::Spec;
 
 /// First byte above 127, then CR LF, ^Z and LF: a transfer that changes text is noticed at once.
 pub const MAGIC: [u8; 8] = *b"\x89PSC\r\n\x1a\n";
 /// Bytes before the codec parameters.
 pub const FIXED: usize = 80;
-/// Required flags that this version knows: none.
-const KNOWN_REQUIRED: u64 = 0;
+/// The shard holds tables before its first block and behind its last.
+const TABLES: u64 = 1;
+/// Required flags that this version knows.
+const KNOWN_REQUIRED: u64 = TABLES;
 
 #[derive(Debug, Clone)]
 pub struct Header {
     pub len: usize,
     pub minor: u16,
     pub optional: u64,
-    pub codec: Codec,
+    pub codec: Declared,
     pub vocab_size: u32,
     pub k: u32,
     pub spec_hash: [u8; 32],
@@ -44,9 +46,12 @@ pub fn encode(spec: &Spec, codec: &Codec) -> Vec<u8> {
     let mut out = Vec::with_capacity(len);
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&MAJOR.to_le_bytes());
-    out.extend_from_slice(&MINOR.to_le_bytes());
+    let tables = !codec.tables().is_empty();
+    // what version 1.0 can read is written as version 1.0
+    out.extend_from_slice(&(if tables { MINOR } else { 0 }).to_le_bytes());
     out.extend_from_slice(&(len as u32).to_le_bytes());
-    out.extend_from_slice(&[0; 16]); // required and optional flags
+    out.extend_from_slice(&(if tables { TABLES } else { 0 }).to_le_bytes());
+    out.extend_from_slice(&[0; 8]); // optional flags
     out.extend_from_slice(&codec.number().to_le_bytes());
     out.extend_from_slice(&(params.len() as u16).to_le_bytes());
     out.extend_from_slice(&spec.vocab_size.to_le_bytes());
@@ -102,6 +107,9 @@ pub fn decode(bytes: &[u8]) -> Result<Header, Refusal> {
     if vocab_size == 0 || vocab_size > i32::MAX as u32 || k == 0 || k > vocab_size {
         return Err(Refusal::Damaged(format!("vocab_size {vocab_size} with k {k}")));
     }
-    let codec = Codec::from_header(number, params, vocab_size, k).map_err(Refusal::Unsupported)?;
+    let codec = Declared::from_header(number, params, vocab_size, k).map_err(Refusal::Unsupported)?;
+    if (codec.tables_len() > 0) != (required & TABLES != 0) {
+        return Err(Refusal::Damaged(format!("codec {number} with required flags {required:#x}")));
+    }
     Ok(Header { len: bytes.len(), minor, optional, codec, vocab_size, k, spec_hash })
 }

@@ -4,6 +4,7 @@ use std::fs;
 
 use super::open_shard::OpenShard;
 use super::{Known, Writer};
+use crate::codec::Declared;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::format::footer::SequenceEntry;
@@ -16,6 +17,11 @@ impl Writer {
     pub(super) fn learn(&mut self, entry: &ShardEntry) -> Result<()> {
         let shard = open_shard(&self.root, &entry.name, &self.state.spec)?;
         let number = self.names.len();
+        if let Declared::Dense(params) = &shard.header.codec {
+            if params.trained > self.best_tables.as_ref().map_or(0, |b| b.1) {
+                self.best_tables = Some((entry.name.clone(), params.trained));
+            }
+        }
         for s in shard.footer.sequences {
             self.committed.entry(s.key).or_insert(Known { shard: number, content_hash: s.content_hash });
         }
@@ -47,6 +53,9 @@ impl Writer {
     /// Commits everything added so far as one shard; its name, or None when there was nothing new.
     pub fn commit(&mut self) -> Result<Option<String>> {
         self.ready()?;
+        if self.wants_training(0) {
+            self.retrain()?;
+        }
         let Some(mut open) = self.open.take() else { return Ok(None) };
         let (name, bytes) = match open.seal() {
             Ok(sealed) => sealed,

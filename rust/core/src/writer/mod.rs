@@ -6,16 +6,20 @@ pub mod open_shard;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use self::open_shard::{encode, OpenShard};
+use self::open_shard::{encode_dense, encode_plain, OpenShard};
+use crate::codec::dense::{train, Coded, Dense, TRAINED};
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::format::check_key;
+use crate::format::name::shard_file;
 use crate::log::{create_record, log_dir, open_dir, shards_dir, Record, State};
 
-use crate::rows::{Checker, Rows, STORED_MASS, TOLERANCE};
+use crate::rows::{Checker, Rows};
 use crate::salvage::{self, Salvage};
+use crate::shard::open_shard as open_shard_of;
 use crate::spec::Spec;
 
 struct Known {
@@ -33,6 +37,8 @@ pub struct Writer {
     committed: HashMap<String, Known>,
     /// Names of committed shards, for messages.
     names: Vec<String>,
+    /// The shard whose tables learnt from most entries, until they are taken.
+    best_tables: Option<(String, u64)>,
     open: Option<OpenShard>,
     stopped: Option<String>,
     process: u32,
@@ -53,12 +59,13 @@ impl Writer {
         let mut writer = Writer {
             root: root.to_path_buf(),
             codec: Codec::for_spec(&state.spec),
-            checker: Checker::new(spec.vocab_size, spec.k, 1.0 + TOLERANCE),
+            checker: Checker::new(&spec),
             state,
             shard_bytes,
             counts: Vec::new(),
             committed: HashMap::new(),
             names: Vec::new(),
+            best_tables: None,
             open: None,
             stopped: None,
             process: std::process::id(),
@@ -68,6 +75,7 @@ impl Writer {
             writer.learn(&entry)?;
         }
         writer.adopt_orphans()?;
+        writer.take_tables()?;
         writer.salvaged = salvage::salvage_dead(&mut writer)?;
         Ok(writer)
     }
@@ -152,10 +160,7 @@ impl Writer {
 
     /// Adds rows that a cache held before: the codec's rounding may have lifted their mass.
     pub(crate) fn add_stored(&mut self, key: &str, rows: &Rows<'_>) -> Result<bool> {
-        let strict = std::mem::replace(
-            &mut self.checker,
-            Checker::new(self.state.spec.vocab_size, self.state.spec.k, STORED_MASS),
-        );
+        let strict = std::mem::replace(&mut self.checker, Checker::stored(&self.state.spec));
         let added = self.add(key, rows);
         self.checker = strict;
         added
@@ -163,29 +168,97 @@ impl Writer {
 
     fn add_checked(&mut self, key: &str, rows: &Rows<'_>, counts: &[u16]) -> Result<bool> {
         let first_block = self.open.as_ref().map_or(0, OpenShard::next_block);
-        let encoded = encode(key, rows, counts, &self.codec, self.state.spec.k, first_block);
-        let duplicate = |there: String| Error::Duplicate { key: key.to_string(), here: "the open shard".into(), there };
-        if let Some(known) = self.committed.get(key) {
-            if known.content_hash == encoded.entry.content_hash {
-                return Ok(false);
+        let k = self.state.spec.k;
+        let encoded = match &self.codec {
+            Codec::Plain(codec) => {
+                let encoded = encode_plain(key, rows, counts, codec, k, first_block);
+                if self.is_known(key, encoded.entry.content_hash)? {
+                    return Ok(false);
+                }
+                encoded
             }
-            return Err(duplicate(format!("shard {}", self.names[known.shard])));
-        }
-        if let Some(pending) = self.open.as_ref().and_then(|o| o.get(key)) {
-            if pending.content_hash == encoded.entry.content_hash {
-                return Ok(false);
+            Codec::Dense(dense) => {
+                let bad = |(row, what)| Error::BadRow { key: key.to_string(), row, what };
+                let coded = Coded::new(&dense.layout, rows, counts).map_err(bad)?;
+                let hash = coded.hash();
+                if self.is_known(key, hash)? {
+                    return Ok(false);
+                }
+                encode_dense(key, &coded, hash, dense, first_block)
             }
-            return Err(duplicate("the open shard (not yet committed)".into()));
-        }
+        };
         let open = match &mut self.open {
             Some(open) => open,
             None => self.open.insert(OpenShard::create(&open_dir(&self.root), &self.state.spec, &self.codec)?),
         };
         open.append(encoded)?;
-        if open.bytes() >= self.shard_bytes {
+        if self.wants_training(TRAINED) {
+            self.retrain()?;
+        }
+        if self.pending().1 >= self.shard_bytes {
             self.commit()?;
         }
         Ok(true)
+    }
+
+    // true when the key is there with equal content; other content is an error
+    fn is_known(&self, key: &str, hash: u128) -> Result<bool> {
+        let committed = self.committed.get(key).map(|k| (k.content_hash, format!("shard {}", self.names[k.shard])));
+        let pending = self.open.as_ref().and_then(|o| o.get(key));
+        let pending = pending.map(|p| (p.content_hash, "the open shard (not yet committed)".to_string()));
+        match committed.or(pending) {
+            None => Ok(false),
+            Some((known, _)) if known == hash => Ok(true),
+            Some((_, there)) => Err(Error::Duplicate { key: key.to_string(), here: "the open shard".into(), there }),
+        }
+    }
+
+    // the tables of the shard that learnt from most rows
+    fn take_tables(&mut self) -> Result<()> {
+        let Codec::Dense(dense) = &self.codec else { return Ok(()) };
+        let Some((name, trained)) = self.best_tables.take() else { return Ok(()) };
+        if trained > dense.tables.trained {
+            let path = shards_dir(&self.root).join(shard_file(&name));
+            let source = files::open_regular(&path).map_err(Error::io("open", &path))?;
+            self.codec = open_shard_of(&self.root, &name, &self.state.spec)?.codec(&source)?;
+        }
+        Ok(())
+    }
+
+    // the open shard holds `least` entries or more, and its tables learnt from fewer
+    fn wants_training(&self, least: u64) -> bool {
+        match (&self.codec, &self.open) {
+            (Codec::Dense(dense), Some(open)) => {
+                dense.tables.trained < TRAINED && open.entries() >= least.max(dense.tables.trained + 1)
+            }
+            _ => false,
+        }
+    }
+
+    // learns tables from the open shard and writes it again with them, if that makes it smaller
+    fn retrain(&mut self) -> Result<()> {
+        let (Codec::Dense(dense), Some(open)) = (&self.codec, &self.open) else { return Ok(()) };
+        let sequences = open.coded(dense)?;
+        let coded: Vec<Coded> = sequences.iter().map(|(_, coded)| coded.clone()).collect();
+        let Some(tables) = train(dense.layout, &coded) else { return Ok(()) };
+        drop(coded);
+        let trained = Dense { layout: dense.layout, tables: Arc::new(tables) };
+        let codec = Codec::Dense(trained.clone());
+        let mut smaller = OpenShard::create(&open_dir(&self.root), &self.state.spec, &codec)?;
+        for ((key, coded), old) in sequences.iter().zip(open.sequences()) {
+            let encoded = encode_dense(key, coded, old.content_hash, &trained, smaller.next_block());
+            if let Err(e) = smaller.append(encoded) {
+                let _ = fs::remove_file(&smaller.path);
+                return Err(e);
+            }
+        }
+        if smaller.whole_bytes() < open.whole_bytes() {
+            let old = self.open.replace(smaller);
+            self.codec = codec;
+            old.map_or(Ok(()), |old| fs::remove_file(&old.path).map_err(Error::io("remove", &old.path)))
+        } else {
+            fs::remove_file(&smaller.path).map_err(Error::io("remove", &smaller.path))
+        }
     }
 
     /// Commits and writes the manifest. The writer takes nothing after this.

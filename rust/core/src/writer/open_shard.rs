@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::bytes::token_hash;
+use crate::codec::dense::{Coded, Dense};
+use crate::codec::plain::Plain;
 use crate::codec::Codec;
-use crate::error::{Error, Result};
-use crate::files::{self, OPEN};
+use crate::error::{Error, Part, Result};
+use crate::files::{self, FileSource, Source, OPEN};
 use crate::format::block::{self, Head, KIND_ROWS};
 use crate::format::footer::{self, BlockEntry, Footer, SequenceEntry};
 use crate::format::header;
@@ -26,7 +28,8 @@ pub struct OpenShard {
     pub path: PathBuf,
     file: File,
     header: Vec<u8>,
-    /// Bytes of header and whole sequences.
+    tables: Vec<u8>,
+    /// Bytes of header, tables and whole sequences.
     len: u64,
     footer: Footer,
     pending: HashMap<String, usize>,
@@ -42,13 +45,13 @@ pub struct Encoded {
 impl OpenShard {
     pub fn create(dir: &Path, spec: &Spec, codec: &Codec) -> Result<OpenShard> {
         let (path, mut file) = files::create_locked(dir, OPEN).map_err(Error::io("create a shard in", dir))?;
-        let header = header::encode(spec, codec);
-        if let Err(e) = file.write_all(&header) {
+        let (header, tables) = (header::encode(spec, codec), codec.tables().to_vec());
+        if let Err(e) = file.write_all(&[header.as_slice(), &tables].concat()) {
             let _ = fs::remove_file(&path);
             return Err(Error::io("write", &path)(e));
         }
-        let len = header.len() as u64;
-        Ok(OpenShard { path, file, header, len, footer: Footer::default(), pending: HashMap::new() })
+        let len = (header.len() + tables.len()) as u64;
+        Ok(OpenShard { path, file, header, tables, len, footer: Footer::default(), pending: HashMap::new() })
     }
 
     pub fn bytes(&self) -> u64 {
@@ -65,6 +68,36 @@ impl OpenShard {
 
     pub fn get(&self, key: &str) -> Option<&SequenceEntry> {
         self.pending.get(key).map(|i| &self.footer.sequences[*i])
+    }
+
+    pub fn entries(&self) -> u64 {
+        self.footer.entries()
+    }
+
+    /// Bytes with the second copy of the tables; index and trailer are the same for every codec.
+    pub fn whole_bytes(&self) -> u64 {
+        self.len + self.tables.len() as u64
+    }
+
+    /// Reads back every sequence as codes.
+    pub fn coded(&self, dense: &Dense) -> Result<Vec<(String, Coded)>> {
+        let file = self.file.try_clone().map_err(Error::io("read", &self.path))?;
+        let source = FileSource::from_file(file).map_err(Error::io("read", &self.path))?;
+        let (mut found, mut bytes) = (Vec::new(), Vec::new());
+        let (mut at, mut blocks) = ((self.header.len() + self.tables.len()) as u64, self.footer.blocks.iter());
+        for sequence in &self.footer.sequences {
+            let mut whole = Coded::default();
+            for entry in blocks.by_ref().take(sequence.blocks as usize) {
+                bytes.resize(entry.len as usize, 0);
+                source.read_at(at, &mut bytes).map_err(Error::io("read", &self.path))?;
+                let damaged = |what| Error::damaged(&self.path.display().to_string(), Part::File, what);
+                let block = block::decode(&bytes).map_err(damaged)?;
+                whole.append(&dense.decode_coded(block.payload, block.head.shape()).map_err(damaged)?);
+                at += u64::from(entry.len);
+            }
+            found.push((sequence.key.clone(), whole));
+        }
+        Ok(found)
     }
 
     pub fn next_block(&self) -> u32 {
@@ -93,8 +126,9 @@ impl OpenShard {
     pub fn seal(&mut self) -> Result<(String, u64)> {
         let mut end = self.footer.encode();
         let name = shard_name(&self.header, &end);
-        let bytes = self.len + (end.len() + footer::TRAILER) as u64;
+        let bytes = self.whole_bytes() + (end.len() + footer::TRAILER) as u64;
         end.extend(footer::encode_trailer(end.len(), bytes));
+        end.splice(..0, self.tables.iter().copied());
         let path = self.path.clone();
         self.rewind().map_err(Error::io("rewind", &path))?;
         if let Err(e) = self.file.write_all(&end) {
@@ -109,37 +143,68 @@ impl OpenShard {
     }
 }
 
+/// Rows of one block.
+fn rows_of_block(max_k: u32) -> usize {
+    (BLOCK_ENTRIES / max_k as usize).clamp(1, BLOCK_ROWS)
+}
+
 /// Encodes checked rows into blocks numbered from `first_block`.
-pub fn encode(key: &str, rows: &Rows<'_>, counts: &[u16], codec: &Codec, max_k: u32, first_block: u32) -> Encoded {
-    let step = (BLOCK_ENTRIES / max_k as usize).clamp(1, BLOCK_ROWS);
-    let (mut bytes, mut blocks, mut hash) = (Vec::new(), Vec::new(), Xxh3Default::new());
-    for first in (0..rows.len()).step_by(step) {
-        let end = (first + step).min(rows.len());
-        let part = rows.slice(first, end);
-        let counts = &counts[first..end];
-        let entries: usize = counts.iter().map(|c| usize::from(*c)).sum();
+pub fn encode_plain(
+    key: &str,
+    rows: &Rows<'_>,
+    counts: &[u16],
+    codec: &Plain,
+    max_k: u32,
+    first_block: u32,
+) -> Encoded {
+    let mut hash = Xxh3Default::new();
+    let mut encoded = encode(key, counts, max_k, first_block, |first, end, _, out| {
+        let start = out.len();
+        codec.encode(&rows.slice(first, end), &counts[first..end], out);
+        hash.update(&out[start..]);
+    });
+    encoded.entry.token_hash = token_hash(rows.tokens);
+    encoded.entry.content_hash = hash.digest128();
+    encoded
+}
+
+/// The same for rows as codes, of which the content hash is known.
+pub fn encode_dense(key: &str, coded: &Coded, content_hash: u128, dense: &Dense, first_block: u32) -> Encoded {
+    let fill = |first, end, entry, out: &mut Vec<u8>| dense.encode(coded, first, end, entry, out);
+    let mut encoded = encode(key, &coded.counts, dense.layout.k, first_block, fill);
+    let tokens: Vec<i32> = coded.tokens.iter().map(|t| *t as i32).collect();
+    encoded.entry.token_hash = token_hash(&tokens);
+    encoded.entry.content_hash = content_hash;
+    encoded
+}
+
+// `fill` appends the payload of rows first..end, whose entries begin at the third number
+fn encode(
+    key: &str,
+    counts: &[u16],
+    max_k: u32,
+    first_block: u32,
+    mut fill: impl FnMut(usize, usize, usize, &mut Vec<u8>),
+) -> Encoded {
+    let (mut bytes, mut blocks, mut entry) = (Vec::new(), Vec::new(), 0);
+    let step = rows_of_block(max_k);
+    for first in (0..counts.len()).step_by(step) {
+        let end = (first + step).min(counts.len());
+        let entries: usize = counts[first..end].iter().map(|c| usize::from(*c)).sum();
         let head = Head {
             kind: KIND_ROWS,
-            last: end == rows.len(),
+            last: end == counts.len(),
             number: first_block + blocks.len() as u32,
             rows: (end - first) as u32,
             first_row: first as u32,
             entries: entries as u32,
             key,
         };
-        let (len, sum) = block::encode(head, &mut bytes, |out| {
-            let start = out.len();
-            codec.encode(&part, counts, out);
-            hash.update(&out[start..]);
-        });
+        let (len, sum) = block::encode(head, &mut bytes, |out| fill(first, end, entry, out));
+        entry += entries;
         blocks.push(BlockEntry { sum, len: len as u32, rows: head.rows, entries: head.entries, kind: KIND_ROWS });
     }
-    let entry = SequenceEntry {
-        key: key.to_string(),
-        blocks: blocks.len() as u32,
-        tokens: rows.len() as u32,
-        token_hash: token_hash(rows.tokens),
-        content_hash: hash.digest128(),
-    };
+    let (blocks_len, tokens) = (blocks.len() as u32, counts.len() as u32);
+    let entry = SequenceEntry { key: key.to_string(), blocks: blocks_len, tokens, token_hash: 0, content_hash: 0 };
     Encoded { bytes, blocks, entry }
 }

@@ -1,0 +1,215 @@
+//! A prefix code of small numbers, at most 11 bits each: symbols 0 to 62, and 63 for a larger number in 16 raw bits behind it.
+//! Canonical as in deflate: by length, then by symbol; codes are stored from their first bit on.
+
+use super::bitstream::{BitReader, BitWriter};
+
+pub const SYMBOLS: usize = 64;
+pub const ESCAPE: usize = SYMBOLS - 1;
+pub const MAX_LENGTH: u32 = 11;
+pub const ESCAPE_BITS: u32 = 16;
+const WINDOW: usize = 1 << MAX_LENGTH;
+/// Bits of a look-up that gives several numbers, so that its table stays in the first-level cache.
+const RUN_BITS: u32 = 10;
+/// Numbers that one look-up gives at most.
+const LANES: usize = 6;
+
+#[derive(Clone)]
+pub struct PrefixCode {
+    pub lengths: [u8; SYMBOLS],
+    codes: [u16; SYMBOLS],
+    /// By window: symbol | length << 8.
+    single: Vec<u16>,
+    many: Box<[Run; 1 << RUN_BITS]>,
+}
+
+/// What one look-up gives: running sums, then how many and their bits. Count 0 is an escape or a long code.
+#[derive(Clone, Copy, Default)]
+#[repr(align(16))]
+pub struct Run(pub [u16; 8]);
+
+impl Run {
+    #[inline(always)]
+    pub fn count(self) -> usize {
+        usize::from(self.0[6])
+    }
+
+    #[inline(always)]
+    pub fn length(self) -> usize {
+        usize::from(self.0[7] & 15)
+    }
+
+    #[inline(always)]
+    pub fn total(self) -> u32 {
+        u32::from(self.0[7] >> 4)
+    }
+}
+
+impl PrefixCode {
+    pub fn new(lengths: [u8; SYMBOLS]) -> Result<PrefixCode, String> {
+        let space: usize = lengths.iter().filter(|l| **l > 0).map(|l| WINDOW >> l.min(&31)).sum();
+        if space != WINDOW || lengths.iter().any(|l| u32::from(*l) > MAX_LENGTH) {
+            return Err(format!("code lengths {lengths:?} do not make a whole code of at most {MAX_LENGTH} bits"));
+        }
+        let mut codes = [0u16; SYMBOLS];
+        let mut single = vec![0u16; WINDOW];
+        let mut next = 0usize; // the next code, in the highest of 11 bits
+        for length in 1..=MAX_LENGTH as u8 {
+            for symbol in (0..SYMBOLS).filter(|s| lengths[*s] == length) {
+                let reversed = (next as u16).reverse_bits() >> (16 - MAX_LENGTH);
+                codes[symbol] = reversed;
+                for window in (usize::from(reversed)..WINDOW).step_by(1 << length) {
+                    single[window] = symbol as u16 | u16::from(length) << 8;
+                }
+                next += WINDOW >> length;
+            }
+        }
+        let mut many = Box::new([Run::default(); 1 << RUN_BITS]);
+        many.iter_mut().enumerate().for_each(|(window, run)| *run = pack(&single, window));
+        Ok(PrefixCode { lengths, codes, single, many })
+    }
+
+    /// The best lengths for numbers that occur `counts[symbol]` times; every symbol gets a code.
+    pub fn trained(counts: &[u64; SYMBOLS]) -> PrefixCode {
+        // package-merge: lists of (weight, symbols of the package)
+        let mut leaves: Vec<(u64, Vec<usize>)> = counts.iter().enumerate().map(|(s, n)| (n + 1, vec![s])).collect();
+        leaves.sort_by_key(|(weight, symbols)| (*weight, symbols[0]));
+        let mut row = leaves.clone();
+        for _ in 1..MAX_LENGTH {
+            let packages: Vec<(u64, Vec<usize>)> = row
+                .chunks_exact(2)
+                .map(|pair| (pair[0].0 + pair[1].0, [pair[0].1.as_slice(), pair[1].1.as_slice()].concat()))
+                .collect();
+            row = leaves.iter().cloned().chain(packages).collect();
+            row.sort_by_key(|(weight, _)| *weight);
+        }
+        let mut lengths = [0u8; SYMBOLS];
+        for symbol in row[..2 * SYMBOLS - 2].iter().flat_map(|(_, symbols)| symbols) {
+            lengths[*symbol] += 1;
+        }
+        PrefixCode::new(lengths).expect("package-merge gives a whole code")
+    }
+
+    /// Bits of numbers that occur `counts[symbol]` times.
+    pub fn cost(&self, counts: &[u64; SYMBOLS]) -> u64 {
+        let raw = counts[ESCAPE] * u64::from(ESCAPE_BITS);
+        raw + counts.iter().zip(self.lengths).map(|(n, l)| n * u64::from(l)).sum::<u64>()
+    }
+
+    /// Appends a number below 2^16.
+    #[inline]
+    pub fn put(&self, number: u32, out: &mut BitWriter) {
+        let symbol = (number as usize).min(ESCAPE);
+        out.put(u32::from(self.codes[symbol]), u32::from(self.lengths[symbol]));
+        if symbol == ESCAPE {
+            out.put(number, ESCAPE_BITS);
+        }
+    }
+
+    /// Takes one number.
+    pub fn take(&self, bits: &mut BitReader<'_>) -> Option<u32> {
+        let entry = self.single[bits.window()? as usize % WINDOW];
+        bits.at += usize::from(entry >> 8);
+        match usize::from(entry & 255) {
+            ESCAPE => bits.take(ESCAPE_BITS),
+            symbol => Some(symbol as u32),
+        }
+    }
+
+    /// The numbers at the start of a window.
+    #[inline(always)]
+    pub fn run(&self, window: u64) -> Run {
+        self.many[window as usize % (1 << RUN_BITS)]
+    }
+}
+
+impl Default for PrefixCode {
+    /// Numbers that become rarer by 5/8 from one to the next.
+    fn default() -> Self {
+        let mut counts = [0u64; SYMBOLS];
+        let mut n = 1 << 24;
+        for count in &mut counts {
+            *count = n;
+            n = n * 5 / 8;
+        }
+        Self::trained(&counts)
+    }
+}
+
+fn pack(single: &[u16], window: usize) -> Run {
+    let (mut run, mut count, mut used, mut sum) = (Run::default(), 0usize, 0u32, 0u16);
+    loop {
+        let entry = single[window >> used];
+        let (symbol, length) = (entry & 255, u32::from(entry >> 8));
+        let fits = used + length <= RUN_BITS && usize::from(symbol) != ESCAPE && count < LANES;
+        if !fits {
+            break;
+        }
+        sum += symbol;
+        run.0[count] = sum;
+        count += 1;
+        used += length;
+    }
+    run.0[6] = count as u16;
+    run.0[7] = used as u16 | sum << 4;
+    run
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bitstream::SLACK;
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn round_trip(counts in proptest::collection::vec(0u64..100_000, SYMBOLS),
+                      numbers in proptest::collection::vec(prop_oneof![0u32..70, 0u32..=65_535], 1..200)) {
+            let mut weights = [0; SYMBOLS];
+            weights.copy_from_slice(&counts);
+            let code = PrefixCode::trained(&weights);
+            prop_assert!(PrefixCode::new(code.lengths).is_ok());
+            let mut out = BitWriter::default();
+            numbers.iter().for_each(|n| code.put(*n, &mut out));
+            let bits = out.finish();
+            out.bytes.extend([0; SLACK]);
+            let mut one = BitReader::new(&out.bytes);
+            for n in &numbers {
+                prop_assert_eq!(code.take(&mut one), Some(*n));
+            }
+            prop_assert_eq!(one.at, bits);
+            // the same by runs
+            let (mut many, mut got, mut at) = (BitReader::new(&out.bytes), Vec::new(), 0u32);
+            while got.len() < numbers.len() {
+                let run = code.run(many.window().expect("bits"));
+                if run.count() == 0 {
+                    let n = code.take(&mut many).expect("an escape");
+                    at += n;
+                    got.push(n);
+                    continue;
+                }
+                let mut before = 0;
+                for lane in 0..run.count() {
+                    let sum = u32::from(run.0[lane]);
+                    got.push(sum - before);
+                    before = sum;
+                }
+                prop_assert_eq!(before, run.total());
+                at += before;
+                many.at += run.length();
+            }
+            prop_assert_eq!(&got[..numbers.len()], &numbers[..]);
+            prop_assert!(at >= numbers.iter().sum::<u32>());
+        }
+    }
+
+    #[test]
+    fn rare_symbols_cost_more_and_broken_lengths_are_refused() {
+        let code = PrefixCode::default();
+        assert!(code.lengths[0] == 1 || code.lengths[0] == 2);
+        assert!(code.lengths.iter().all(|l| (1..=MAX_LENGTH as u8).contains(l)));
+        let mut lengths = code.lengths;
+        lengths[3] += 1;
+        assert!(PrefixCode::new(lengths).is_err());
+        assert!(PrefixCode::new([0; SYMBOLS]).is_err());
+    }
+}

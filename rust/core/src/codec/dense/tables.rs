@@ -1,0 +1,191 @@
+//! The tables of a shard: class widths, prefix codes and the ranks of ids. They stand before the first block and again behind
+//! the last, so that one damaged byte does not take the whole shard with it.
+//!
+//! magic PSTB | length u32 | vocab_size u32 | k u32 | layout 8 | trained u64 | 7 class codes, 16 x u8 each | 2 prefix codes, 64 x u8 each
+//! | dictionary | zeros to 8 | xxh3-64 of all before
+
+use super::classes::{ClassCode, CLASSES};
+use super::dictionary::Dictionary;
+use super::prefix::{PrefixCode, SYMBOLS};
+use super::Layout;
+use crate::bytes::{checksum, pad, Cursor};
+
+pub const MAGIC: [u8; 4] = *b"PSTB";
+/// 2^22 ids in a few bits each, and more than enough.
+pub const MAX_TABLES: usize = 1 << 26;
+/// Two raw parts of an id fit into one window.
+const MAX_ID_WIDTH: u8 = 28;
+
+/// The class codes, in the order in which they are stored.
+pub const RANK: usize = 0;
+pub const STEP: usize = 1;
+pub const TOKEN: usize = 2;
+pub const COUNT: usize = 3;
+pub const FIRST: usize = 4;
+pub const REST: usize = 5;
+pub const EXTRA: usize = 6;
+pub const CODES: usize = 7;
+
+/// One class of a rank (0 to 15) or of a step from the rank before it (16 to 31).
+#[derive(Clone, Copy, Default)]
+#[repr(align(16))]
+pub struct RankClass {
+    pub base: u32,
+    pub mask: u32,
+    /// All ones where the rank before is added.
+    pub keep: u32,
+    pub width: u32,
+}
+
+pub struct Tables {
+    pub classes: [ClassCode; CODES],
+    pub codes: PrefixCode,
+    pub draws: PrefixCode,
+    pub dictionary: Dictionary,
+    /// By nibble, plus 16 for a step; an index of 8 bits is never outside.
+    pub ranks: Box<[RankClass; 256]>,
+    /// Three raw parts of an id fit into one window.
+    pub narrow: bool,
+    pub trained: u64,
+    /// As stored.
+    pub bytes: Vec<u8>,
+    pub sum: u64,
+}
+
+/// One more than the largest value of each class code.
+pub fn bounds(layout: &Layout) -> [u64; CODES] {
+    let (v, k) = (u64::from(layout.vocab_size), u64::from(layout.k));
+    [v, v, k + (1 << 31), k + 1, 1 << 16, 1 << 16, 1 << 16]
+}
+
+fn no_ranks() -> Box<[RankClass; 256]> {
+    Box::new([RankClass::default(); 256])
+}
+
+fn max_width(code: usize) -> u8 {
+    if code <= STEP {
+        MAX_ID_WIDTH
+    } else {
+        32
+    }
+}
+
+impl Tables {
+    /// Tables that know nothing of the rows: ranks are ids.
+    pub fn plain(layout: Layout) -> Tables {
+        let classes = bounds(&layout).map(ClassCode::even);
+        let dictionary = Dictionary::identity(layout.vocab_size);
+        Tables::new(layout, classes, PrefixCode::default(), PrefixCode::default(), dictionary, 0)
+    }
+
+    pub fn new(
+        layout: Layout,
+        classes: [ClassCode; CODES],
+        codes: PrefixCode,
+        draws: PrefixCode,
+        dictionary: Dictionary,
+        trained: u64,
+    ) -> Tables {
+        let mut tables = Tables {
+            classes,
+            codes,
+            draws,
+            dictionary,
+            ranks: no_ranks(),
+            narrow: false,
+            trained,
+            bytes: vec![],
+            sum: 0,
+        };
+        tables.bytes = tables.encode(&layout);
+        tables.finish()
+    }
+
+    fn finish(mut self) -> Tables {
+        for (i, class) in self.ranks[..2 * CLASSES].iter_mut().enumerate() {
+            let step = i / CLASSES;
+            let code = &self.classes[RANK + step];
+            let width = u32::from(code.widths[i % CLASSES]);
+            *class = RankClass {
+                base: code.bases[i % CLASSES] + step as u32, // a step of 0 is the next rank
+                mask: (1 << width) - 1,
+                keep: 0u32.wrapping_sub(step as u32),
+                width,
+            };
+        }
+        self.narrow = self.ranks.iter().all(|c| 3 * c.width + 7 <= u64::BITS);
+        let end = self.bytes.len() - 8;
+        self.sum = checksum(&self.bytes[..end]);
+        self
+    }
+
+    fn encode(&self, layout: &Layout) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&[0; 4]);
+        out.extend_from_slice(&layout.vocab_size.to_le_bytes());
+        out.extend_from_slice(&layout.k.to_le_bytes());
+        layout.encode(&mut out);
+        out.extend_from_slice(&self.trained.to_le_bytes());
+        self.classes.iter().for_each(|c| out.extend_from_slice(&c.widths));
+        out.extend_from_slice(&self.codes.lengths);
+        out.extend_from_slice(&self.draws.lengths);
+        self.dictionary.encode(&mut out);
+        pad(&mut out);
+        let len = out.len() as u32 + 8;
+        out[4..8].copy_from_slice(&len.to_le_bytes());
+        let sum = checksum(&out);
+        out.extend_from_slice(&sum.to_le_bytes());
+        out
+    }
+
+    /// Checks and reads tables of a shard of `layout`.
+    pub fn decode(bytes: &[u8], layout: Layout) -> Result<Tables, String> {
+        let split = bytes.len().checked_sub(8).ok_or("tables of less than 8 bytes")?;
+        let (body, tail) = bytes.split_at(split);
+        if checksum(body).to_le_bytes() != tail {
+            return Err("the checksum of the tables differs".to_string());
+        }
+        let mut cursor = Cursor::new(body);
+        let magic = cursor.take(4)?;
+        let (len, vocab_size, k) = (cursor.u32()? as usize, cursor.u32()?, cursor.u32()?);
+        if magic != MAGIC || len != bytes.len() || vocab_size != layout.vocab_size || k != layout.k {
+            return Err(format!("tables of {len} bytes for a vocabulary of {vocab_size} and k = {k}"));
+        }
+        if Layout::decode(&mut cursor, vocab_size, k)? != layout {
+            return Err("the tables are of another layout than the header's".to_string());
+        }
+        let trained = cursor.u64()?;
+        let bounds = bounds(&layout);
+        let mut classes = Vec::with_capacity(CODES);
+        for (code, bound) in bounds.into_iter().enumerate() {
+            let mut widths = [0u8; CLASSES];
+            widths.copy_from_slice(cursor.take(CLASSES)?);
+            classes.push(ClassCode::new(widths, bound, max_width(code))?);
+        }
+        let classes: [ClassCode; CODES] = classes.try_into().map_err(|_| "class codes are missing")?;
+        let mut prefix = || -> Result<PrefixCode, String> {
+            let mut lengths = [0u8; SYMBOLS];
+            lengths.copy_from_slice(cursor.take(SYMBOLS)?);
+            PrefixCode::new(lengths)
+        };
+        let (codes, draws) = (prefix()?, prefix()?);
+        let dictionary = Dictionary::decode(&mut cursor, vocab_size)?;
+        if cursor.left() >= 8 {
+            return Err(format!("{} bytes follow the dictionary", cursor.left()));
+        }
+        cursor.zeros(cursor.left())?;
+        let tables = Tables {
+            classes,
+            codes,
+            draws,
+            dictionary,
+            ranks: no_ranks(),
+            narrow: false,
+            trained,
+            bytes: bytes.to_vec(),
+            sum: 0,
+        };
+        Ok(tables.finish())
+    }
+}

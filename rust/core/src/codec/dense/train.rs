@@ -1,0 +1,137 @@
+//! Tables from rows: the most frequent ids first, and widths and code lengths for what the rows then hold.
+
+use super::classes::ClassCode;
+use super::coded::Coded;
+use super::dictionary::Dictionary;
+use super::encode::{rank_row, token_value};
+use super::prefix::{PrefixCode, ESCAPE, SYMBOLS};
+use super::tables::{bounds, Tables, COUNT, EXTRA, FIRST, RANK, REST, STEP, TOKEN};
+use super::{Layout, Values};
+
+/// Entries after which tables are as good as they get.
+pub const TRAINED: u64 = 1 << 21;
+/// Entries that the length of the dictionary is chosen by.
+const SAMPLE: usize = 1 << 18;
+/// Below this the default widths do.
+const FEW: usize = 1 << 12;
+
+/// Tables for these sequences; None where there are too few rows to learn from.
+pub fn train(layout: Layout, sequences: &[Coded]) -> Option<Tables> {
+    let entries: usize = sequences.iter().map(|s| s.ids.len()).sum();
+    if entries < FEW {
+        return None;
+    }
+    let mut counts = vec![0u32; layout.vocab_size as usize];
+    sequences.iter().flat_map(|s| &s.ids).for_each(|id| counts[*id as usize] += 1);
+    let mut ids: Vec<u32> = (0..layout.vocab_size).filter(|id| counts[*id as usize] > 0).collect();
+    ids.sort_unstable_by_key(|id| (std::cmp::Reverse(counts[*id as usize]), *id));
+    let seldom = |n: u32| ids.partition_point(|id| counts[*id as usize] > n);
+    let mut candidates = vec![0, seldom(3), seldom(1), ids.len()];
+    candidates.extend([1 << 10, 1 << 12, 1 << 14, 1 << 16].into_iter().filter(|n| *n < ids.len()));
+    candidates.sort_unstable();
+    candidates.dedup();
+    let (mut sample, mut sampled) = (0, 0);
+    while sample < sequences.len() && sampled < SAMPLE {
+        sampled += sequences[sample].ids.len();
+        sample += 1;
+    }
+    let dictionary = |listed: usize| Dictionary::ranked(&ids, listed, layout.vocab_size);
+    let bits = |listed: &usize| {
+        let ranking = Ranking::new(layout, &sequences[..sample], dictionary(*listed));
+        let (values, stored) = ranking.bits();
+        u128::from(values) * entries as u128 / sampled as u128 + u128::from(stored)
+    };
+    let listed = candidates.into_iter().min_by_key(bits)?;
+    let ranking = Ranking::new(layout, sequences, dictionary(listed));
+    let bounds = bounds(&layout);
+    let column = |values: &mut dyn Iterator<Item = u32>, code: usize| {
+        let mut counts = vec![0u32; bounds[code] as usize];
+        values.for_each(|v| counts[v as usize] += 1);
+        ClassCode::trained(&counts, bounds[code])
+    };
+    let (rests, by_difference) = (1 + layout.extra, layout.values.by_difference());
+    let grid = matches!(layout.values, Values::Grid { .. });
+    let rest = |first: bool| {
+        let all = sequences.iter().flat_map(|s| s.rests.iter().enumerate()).filter(move |_| grid);
+        all.filter(move |(i, _)| (i % rests == 0) == first).map(|(_, r)| *r)
+    };
+    let firsts = sequences.iter().flat_map(|s| rows(s).filter_map(|r| r.codes.first())).filter(|_| by_difference);
+    let missing = sequences.iter().flat_map(|s| s.counts.iter().map(|c| layout.k - u32::from(*c)));
+    let [ranks, steps, tokens] = ranking.codes;
+    let mut classes = bounds.map(ClassCode::even);
+    classes[RANK] = ranks;
+    classes[STEP] = steps;
+    classes[TOKEN] = tokens;
+    classes[COUNT] = column(&mut missing.into_iter(), COUNT);
+    classes[FIRST] = column(&mut firsts.copied(), FIRST);
+    classes[REST] = column(&mut rest(true), REST);
+    classes[EXTRA] = column(&mut rest(false), EXTRA);
+    let (mut differences, mut draws) = ([0u64; SYMBOLS], [0u64; SYMBOLS]);
+    for row in sequences.iter().flat_map(rows).filter(|_| by_difference) {
+        row.codes.windows(2).for_each(|w| differences[((w[1] - w[0]) as usize).min(ESCAPE)] += 1);
+    }
+    sequences.iter().flat_map(|s| &s.draws).for_each(|d| draws[(*d as usize).min(ESCAPE)] += 1);
+    let (codes, draws) = (PrefixCode::trained(&differences), PrefixCode::trained(&draws));
+    Some(Tables::new(layout, classes, codes, draws, ranking.dictionary, entries as u64))
+}
+
+struct Entries<'a> {
+    token: u32,
+    ids: &'a [u32],
+    codes: &'a [u32],
+}
+
+fn rows(coded: &Coded) -> impl Iterator<Item = Entries<'_>> {
+    let mut at = 0;
+    coded.counts.iter().zip(&coded.tokens).map(move |(count, token)| {
+        let range = at..at + usize::from(*count);
+        at = range.end;
+        Entries { token: *token, ids: &coded.ids[range.clone()], codes: &coded.codes[range] }
+    })
+}
+
+struct Ranking {
+    dictionary: Dictionary,
+    /// Of ranks, steps and tokens.
+    codes: [ClassCode; 3],
+    counts: [Vec<u32>; 3],
+}
+
+impl Ranking {
+    fn new(layout: Layout, sequences: &[Coded], dictionary: Dictionary) -> Ranking {
+        let (v, k) = (layout.vocab_size as usize, layout.k as usize);
+        let mut tables = Tables::plain(layout);
+        tables.dictionary = dictionary;
+        let mut counts = [vec![0u32; v], vec![0u32; v], vec![0u32; k + v]];
+        let (mut ranks, mut before) = (Vec::new(), Vec::new());
+        for sequence in sequences {
+            before.clear();
+            for row in rows(sequence) {
+                let token = token_value(row.token, &before, &tables, layout.k) as usize;
+                if token < k + v {
+                    counts[2][token] += 1;
+                }
+                rank_row(&tables, row.codes, row.ids, &mut ranks, &mut []);
+                for (j, rank) in ranks.iter().enumerate() {
+                    if j > 0 && row.codes[j] == row.codes[j - 1] {
+                        counts[1][(rank - ranks[j - 1] - 1) as usize] += 1;
+                    } else {
+                        counts[0][*rank as usize] += 1;
+                    }
+                }
+                std::mem::swap(&mut ranks, &mut before);
+            }
+        }
+        let bounds = bounds(&layout);
+        let codes = [0, 1, 2].map(|c| ClassCode::trained(&counts[c], bounds[c]));
+        Ranking { dictionary: tables.dictionary, codes, counts }
+    }
+
+    // of ids and tokens, and of the dictionary in both its places
+    fn bits(&self) -> (u64, u64) {
+        let mut stored = Vec::new();
+        self.dictionary.encode(&mut stored);
+        let values: u64 = self.codes.iter().zip(&self.counts).map(|(code, counts)| code.cost(counts)).sum();
+        (values, 2 * 8 * stored.len() as u64)
+    }
+}
