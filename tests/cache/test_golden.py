@@ -76,15 +76,18 @@ def test_a_golden_cache_can_be_continued(tmp_path, expected, lab):
 
 @pytest.fixture(scope="module", params=["cache_v1_dense", "cache_v1_exact"])
 def dense(request):
-    """A folder of codec 1 and {key: (tokens, ids, log_probs, log_rest, extra, lse, counts)}; a column may be empty."""
-    stored = np.load(GOLDEN / f"{request.param}.npz")
-    keys = [str(k) for k in stored["keys"]]
-    names = ("tokens", "ids", "log_probs", "log_rest", "extra", "lse", "counts")
-    return GOLDEN / request.param, {key: {name: stored[f"{i}_{name}"] for name in names} for i, key in enumerate(keys)}
+    """A folder of codec 1, what is read from it by key and column (some are empty), and the rows it was made from."""
+    with np.load(GOLDEN / f"{request.param}.npz") as stored:
+        keys = [str(k) for k in stored["keys"]]
+        names = ("tokens", "ids", "log_probs", "log_rest", "extra", "lse", "counts")
+        read = {key: {name: stored[f"{i}_{name}"] for name in names} for i, key in enumerate(keys)}
+        names = ("ids", "log_probs", "log_rest", "lse", "counts", "token_log_probs", "warm")
+        given = {key: {name: stored[f"{i}_given_{name}"] for name in names} for i, key in enumerate(keys)}
+    return GOLDEN / request.param, read, given
 
 
 def test_golden_dense_caches_read_in_both_readers(dense, independent):
-    path, expected = dense
+    path, expected, _ = dense
     store, theirs = cache.open(path), independent.cache(path, further=True)
     assert store.keys() == list(expected) == list(theirs) and store.verify().ok
     for key, columns in expected.items():
@@ -97,17 +100,11 @@ def test_golden_dense_caches_read_in_both_readers(dense, independent):
 
 
 def test_the_writer_still_makes_the_dense_bytes(tmp_path, dense):
-    path, expected = dense
-    spec = cache.open(path).spec
-    with cache.Writer(tmp_path / "c", spec) as w:
-        for key, c in expected.items():
-            further = dict(zip(spec.extra_columns, c["extra"].T, strict=True))
-            rows = SimpleNamespace(
-                **{name: c[name] for name in ("ids", "log_probs", "log_rest", "lse", "counts")},
-                log_rest_at={t: column for t, column in further.items() if isinstance(t, float)},
-                token_log_probs=further.get("token_log_probs"),
-            )
-            w.add(key, c["tokens"], rows)
+    path, read, given = dense
+    with cache.Writer(tmp_path / "c", cache.open(path).spec) as w:
+        for key, columns in given.items():
+            rows = SimpleNamespace(**columns, log_rest_at={2.0: columns["warm"]})
+            w.add(key, read[key]["tokens"], rows)
             w.flush()
     ours = {f.name: f.read_bytes() for f in (tmp_path / "c" / "shards").iterdir()}
     assert ours == {f.name: f.read_bytes() for f in (path / "shards").iterdir()}
