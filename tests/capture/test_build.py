@@ -19,10 +19,16 @@ def rows(cache, key):
 
 
 def assert_same_content(a, b):
+    """Equal rows under equal keys; entries of equal log-probability may stand in another order."""
     assert sorted(a.keys()) == sorted(b.keys())
     for key in a.keys():
-        for x, y in zip(rows(a, key), rows(b, key), strict=True):
+        for x, y in zip(in_order(*rows(a, key)), in_order(*rows(b, key)), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+def in_order(tokens, ids, log_probs, log_rest):
+    order = np.lexsort((ids, -log_probs), axis=-1)
+    return tokens, np.take_along_axis(ids, order, -1), log_probs, log_rest
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -38,8 +44,8 @@ def test_rows_are_the_teachers_next_token_distributions(model, tokenizer, corpus
         with torch.no_grad():
             exact = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)
         dense = torch.zeros_like(exact).scatter(-1, torch.from_numpy(ids).long(), torch.from_numpy(log_probs))
-        # the codec stores log-probabilities in half precision
-        torch.testing.assert_close(dense, exact, atol=2e-2, rtol=2e-3)
+        # on a grid of 1/16 nat, and batches of other sizes round otherwise
+        torch.testing.assert_close(dense, exact, atol=1 / 32 + 1e-4, rtol=0)
         assert (log_rest < -5).all(), "at k = V nothing is outside"
 
 
