@@ -23,6 +23,11 @@ pub fn token_hash(tokens: &[i32]) -> u128 {
     xxh3_128(&bytes)
 }
 
+/// xxh3-128 of bytes, for telling contents apart.
+pub fn content_hash(bytes: &[u8]) -> u128 {
+    xxh3_128(bytes)
+}
+
 pub fn le_u64(bytes: &[u8]) -> u64 {
     let mut word = [0u8; 8];
     word.copy_from_slice(&bytes[..8]);

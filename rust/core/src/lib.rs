@@ -21,6 +21,7 @@ pub mod shard;
 pub mod spec;
 pub mod verify;
 pub mod writer;
+pub mod xtok;
 
 pub use error::{Error, Part, Result};
 pub use reader::Reader;

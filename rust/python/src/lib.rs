@@ -3,6 +3,7 @@
 mod cache;
 mod errors;
 mod writer;
+mod xtok;
 
 use pyo3::prelude::*;
 
@@ -14,6 +15,8 @@ mod _rust {
     use super::errors::{CacheError, TokenMismatch};
     #[pymodule_export]
     use super::writer::Writer;
+    #[pymodule_export]
+    use super::xtok::{Aligner, Push, Vocab};
     use super::*;
 
     #[pymodule_init]
