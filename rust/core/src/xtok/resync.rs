@@ -116,7 +116,8 @@ fn invalid(a: &[u8], b: &[u8]) -> Option<(usize, usize)> {
     let agree = |skip: (usize, usize)| {
         let (a, b) = (&a[skip.0..], &b[skip.1..]);
         let n = SHORT_ANCHOR.min(a.len()).min(b.len());
-        skip != (0, 0) && a[..n] == b[..n]
+        let evidence = n > 0 || (a.is_empty() && b.is_empty());
+        skip != (0, 0) && evidence && a[..n] == b[..n]
     };
     let mut order = [(x, 0), (0, y), (x, y)];
     if b.first() > a.first() {
