@@ -82,7 +82,7 @@ def check(found, student, teacher):
         assert (maps[maps >= 0].diff() >= 0).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cut_twice())
 def test_chunks_are_the_common_cuts(sample):
     _, student, teacher = sample
@@ -108,7 +108,7 @@ def test_identity_and_refinement(sample):
     assert {s1 for _, s1, _, _ in align(student, teacher).chunks(0)} <= fine
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_padding_batch_and_threads_change_nothing(data):
     samples = data.draw(st.lists(cut_twice(), min_size=1, max_size=5))
@@ -150,7 +150,7 @@ def test_threads_give_what_one_gives():
     assert len(one) == sum(map(len, rows))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cut_twice(), st.data())
 def test_damage_on_one_side(sample, data):
     """Bytes that are no UTF-8 in one side: no false chunk, and every boundary outside the tokens they touch is kept."""
@@ -167,7 +167,7 @@ def test_damage_on_one_side(sample, data):
     assert torch.equal(swapped.flags, found.flags)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text_bytes, text_bytes, st.data())
 def test_any_two_byte_strings(left, right, data):
     student, teacher = data.draw(cuts(left)), data.draw(cuts(right))
@@ -189,7 +189,7 @@ def test_any_two_byte_strings(left, right, data):
         assert dropped.chunks(0) == align(student, teacher).chunks(0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cut_twice(), st.data())
 def test_truncation_drops_only_the_open_chunk(sample, data):
     _, student, teacher = sample
@@ -202,7 +202,7 @@ def test_truncation_drops_only_the_open_chunk(sample, data):
     assert align(teacher[:keep], student).row_flags.item() == (STUDENT_TRUNCATED if cut else 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cut_twice(), st.data())
 def test_special_tokens_anywhere(sample, data):
     """Special tokens of no role in the other side change no chunk of text; they are in none."""
@@ -233,7 +233,7 @@ def test_special_tokens_anywhere(sample, data):
     assert len(found) == len(plain)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text_bytes, text_bytes, st.booleans(), st.sampled_from(["byte", "char", "word", 4]), st.data())
 def test_streaming_gives_what_the_whole_row_gives(left, right, same, granularity, data):
     student, teacher = data.draw(cuts(left)), data.draw(cuts(left if same else left[: len(left) // 2] + right))
@@ -254,7 +254,7 @@ def test_streaming_gives_what_the_whole_row_gives(left, right, same, granularity
         assert torch.equal(getattr(found, name), getattr(whole, name)), name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cut_twice(valid_bytes))
 def test_granularity(sample):
     whole, student, teacher = sample

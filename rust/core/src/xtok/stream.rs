@@ -148,6 +148,16 @@ impl Place {
         load(self.word, stream.long(), self.offset)
     }
 
+    /// Closes a token that nothing was read of.
+    pub fn unopen(&mut self, stream: &impl Stream) {
+        if self.offset == 0 && self.len > 0 {
+            self.next -= 1;
+            self.word = self.next.checked_sub(1).map_or(0, |at| stream.word(at));
+            self.len = word_len(self.word);
+            self.offset = self.len;
+        }
+    }
+
     /// Appends content bytes from here on until `out` holds `want` of them; true when the stream ended before.
     pub fn gather(mut self, stream: &impl Stream, want: usize, out: &mut Vec<u8>) -> bool {
         loop {

@@ -184,6 +184,8 @@ impl Walk {
         self.b.place.offset += same;
         self.bytes += same;
         if differ != 0 {
+            self.a.place.unopen(a);
+            self.b.place.unopen(b);
             self.part(false);
         }
     }
@@ -225,7 +227,11 @@ impl Walk {
                 self.flags |= chunk::UNKNOWN;
                 self.bytes += bytes;
             }
-            None => self.part(true),
+            None => {
+                self.a.place.unopen(a);
+                self.b.place.unopen(b);
+                self.part(true);
+            }
         }
     }
 
