@@ -5,7 +5,6 @@ import lzma
 from pathlib import Path
 
 import pytest
-
 from potstill.xtok import VocabBytes
 
 DATA = Path(__file__).parent / "data"

@@ -1,7 +1,6 @@
 """130 alignments: 13 texts over 10 pairs of real tokenizers, byte-level, SentencePiece, NFKC and WordPiece."""
 
 import pytest
-
 from potstill.xtok import Aligner
 
 

@@ -6,12 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from potstill.xtok import Aligner, VocabBytes
 from potstill.xtok.alignment import INVALID, MISMATCHED, STUDENT_TRUNCATED, TEACHER_TRUNCATED
 
 # few different bytes, so that wrong places often look right; é, €, 😊 in pieces, and bytes that are no UTF-8
-PIECES = [b"a", b"b", b" ", b"  ", b"\n", b"ab", b"the ", "é".encode(), "€".encode(), "😊".encode(), b"\xff", b"\xe2\x82"]
+PIECES = [
+    b"a",
+    b"b",
+    b" ",
+    b"  ",
+    b"\n",
+    b"ab",
+    b"the ",
+    "é".encode(),
+    "€".encode(),
+    "😊".encode(),
+    b"\xff",
+    b"\xe2\x82",
+]
 text_bytes = st.lists(st.sampled_from(PIECES), max_size=60).map(b"".join)
 valid_bytes = st.lists(st.sampled_from(PIECES[:-2]), max_size=60).map(b"".join)
 
@@ -130,7 +142,9 @@ def test_padding_batch_and_threads_change_nothing(data):
     (pa, ma), (pb, mb) = pad(a, width[0]), pad(b, width[1])
     padded = Aligner(s, t)(pa, pb, student_mask=ma, teacher_mask=mb)
     shift = [((width[0] - len(x)) * left, (width[1] - len(y)) * left) for x, y in zip(a, b, strict=True)]
-    moved = [[(s0 - i, s1 - i, t0 - j, t1 - j) for s0, s1, t0, t1 in padded.chunks(n)] for n, (i, j) in enumerate(shift)]
+    moved = [
+        [(s0 - i, s1 - i, t0 - j, t1 - j) for s0, s1, t0, t1 in padded.chunks(n)] for n, (i, j) in enumerate(shift)
+    ]
     assert moved == alone
     assert torch.equal(padded.student_chunk[ma.flatten() > 0], whole.student_chunk)
     assert torch.equal(padded.teacher_chunk[mb.flatten() > 0], whole.teacher_chunk)
@@ -140,7 +154,10 @@ def test_threads_give_what_one_gives():
     generator = torch.Generator().manual_seed(0)
     words = [bytes([97 + n]) * m for n in range(5) for m in (1, 2, 3)]
     s = VocabBytes.from_callback(len(words), words.__getitem__)
-    rows = [torch.randint(len(words), (int(n),), generator=generator) for n in torch.randint(0, 900, (100,), generator=generator)]
+    rows = [
+        torch.randint(len(words), (int(n),), generator=generator)
+        for n in torch.randint(0, 900, (100,), generator=generator)
+    ]
     singles = [b"".join(words[i] for i in row.tolist()) for row in rows]
     letters = VocabBytes.from_callback(256, lambda n: bytes([n]))
     others = [list(single) for single in singles]
@@ -261,7 +278,9 @@ def test_granularity(sample):
     all_ends = [sum(map(len, student[:s1])) for _, s1, _, _ in truth(student, teacher)]
 
     def found_ends(granularity):
-        return [sum(map(len, student[:s1])) for _, s1, _, _ in align(student, teacher, granularity=granularity).chunks(0)]
+        return [
+            sum(map(len, student[:s1])) for _, s1, _, _ in align(student, teacher, granularity=granularity).chunks(0)
+        ]
 
     starts = {len(whole[:n].decode(errors="ignore").encode()) for n in range(len(whole) + 1)}
     assert found_ends("char") == [end for end in all_ends if end in starts]

@@ -7,7 +7,6 @@ import struct
 
 import numpy as np
 import pytest
-
 from potstill.xtok import VocabBytes
 from potstill.xtok.vocab import BYTE_FALLBACK, CONTINUATION, LOSSY, SPECIAL, UNKNOWN
 
@@ -28,10 +27,10 @@ def field(number, value):
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def sentencepiece(pieces, normalizer=b"", trainer=field(3, 2)):
+def sentencepiece(pieces, normalizer=b""):
     """A .model file of (text, type) pieces."""
     out = b"".join(field(1, field(1, text.encode()) + field(2, -1.0) + field(3, kind)) for text, kind in pieces)
-    return out + field(2, trainer) + field(3, normalizer)
+    return out + field(2, field(3, 2)) + field(3, normalizer)
 
 
 PIECES = [("<unk>", 2), ("<s>", 3), ("</s>", 3), ("<0x0A>", 6), ("▁the", 1), ("é▁", 1), ("<0x0A>", 4), ("x", 5)]
@@ -131,7 +130,8 @@ def test_kinds_by_components_and_added_tokens(load_json):
         "model": {"type": "BPE", "vocab": {"Ġa": 0, "Ã": 1, "日": 2}},
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}]},
         "added_tokens": added,
-        "post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "<|end|>"}}],
+        "post_processor": {"type": "TemplateProcessing",
+                           "single": [{"Sequence": {}}, {"SpecialToken": {"id": "<|end|>"}}],
                            "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [3], "tokens": ["<|end|>"]}}},
     })  # fmt: skip
     assert [vocab[n] for n in range(5)] == [b" a", b"\xc3", "日".encode(), b"<|end|>", b"<think>"]
@@ -142,7 +142,9 @@ def test_kinds_by_components_and_added_tokens(load_json):
         "pre_tokenizer": {"type": "Metaspace"},
     })  # fmt: skip
     assert unigram[1] == b" a" and unigram[2] == b"<0x0A>" and unigram.flags.tolist() == [UNKNOWN, 0, 0]
-    wordpiece = load_json({"model": {"type": "WordPiece", "vocab": {"a": 0, "##b": 1}, "continuing_subword_prefix": "##"}})
+    wordpiece = load_json(
+        {"model": {"type": "WordPiece", "vocab": {"a": 0, "##b": 1}, "continuing_subword_prefix": "##"}}
+    )
     assert wordpiece[1] == b"b" and wordpiece.flags.tolist() == [0, CONTINUATION] and wordpiece.is_lossy
 
 
@@ -166,7 +168,10 @@ def test_kinds_by_components_and_added_tokens(load_json):
             },
             "Rot13",
         ),
-        ({"model": {"type": "BPE", "vocab": {"a": 1 << 40}}, "decoder": {"type": "ByteLevel"}}, "token id 1099511627776"),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": 1 << 40}}, "decoder": {"type": "ByteLevel"}},
+            "token id 1099511627776",
+        ),
         ({"version": "1.0"}, "not a tokenizer.json: missing field `model`"),
     ],
 )
@@ -197,9 +202,14 @@ def test_matched_and_projection():
     mine, theirs = own.matched(other)
     assert dict(zip(mine.tolist(), theirs.tolist(), strict=True)) == {0: 2, 2: 1, 3: 5, 6: 0}
     back = other.matched(own)
-    assert sorted(zip(*(side.tolist() for side in back), strict=True)) == sorted(zip(theirs.tolist(), mine.tolist(), strict=True))
+    assert sorted(zip(*(side.tolist() for side in back), strict=True)) == sorted(
+        zip(theirs.tolist(), mine.tolist(), strict=True)
+    )
     row_ptr, columns, weights = own.projection(other, 2, decay=0.25)
-    rows = [dict(zip(columns[a:b].tolist(), weights[a:b].tolist(), strict=True)) for a, b in zip(row_ptr, row_ptr[1:], strict=False)]
+    rows = [
+        dict(zip(columns[a:b].tolist(), weights[a:b].tolist(), strict=True))
+        for a, b in zip(row_ptr, row_ptr[1:], strict=False)
+    ]
     assert rows == [{2: 1.0}, {0: pytest.approx(0.8), 1: pytest.approx(0.2)}, {1: 1.0}, {5: 1.0}, {}, {}, {0: 1.0}]
     assert own.projection(other, 2, decay=0.0)[2].tolist() == [1, 1, 0, 1, 1, 1]
     assert columns.dtype == np.int32 and weights.dtype == np.float32

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from potstill.xtok.aligner import Aligner, Stream
     from potstill.xtok.alignment import Alignment
+    from potstill.xtok.alm import alm_loss, linear_alm_loss, next_token_log_probs
+    from potstill.xtok.at import log_probs_at
+    from potstill.xtok.uld import first_rows, gold_loss, uld_loss
     from potstill.xtok.vocab import VocabBytes
 
 _NAMES = {
@@ -21,9 +24,19 @@ _NAMES = {
     "Stream": "aligner",
     "Alignment": "alignment",
     "VocabBytes": "vocab",
+    "alm_loss": "alm",
+    "linear_alm_loss": "alm",
+    "next_token_log_probs": "alm",
+    "log_probs_at": "at",
+    "first_rows": "uld",
+    "gold_loss": "uld",
+    "uld_loss": "uld",
 }
 
-__all__ = ["Aligner", "Alignment", "Stream", "VocabBytes"]
+__all__ = [
+    "Aligner", "Alignment", "Stream", "VocabBytes", "alm_loss", "first_rows", "gold_loss", "linear_alm_loss",
+    "log_probs_at", "next_token_log_probs", "uld_loss",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

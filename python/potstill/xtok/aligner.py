@@ -46,9 +46,8 @@ class Aligner:
         if isinstance(granularity, int) and (granularity < 1 or isinstance(granularity, bool)):
             raise ValueError(f"granularity={granularity} must be at least 1 byte")
         self.threads = threads or os.cpu_count() or 1
-        self._arguments = (
-            list(pairs), *(("min_bytes", granularity) if isinstance(granularity, int) else (granularity, 0)), on_mismatch
-        )  # fmt: skip
+        name, min_bytes = ("min_bytes", granularity) if isinstance(granularity, int) else (granularity, 0)
+        self._arguments = (list(pairs), name, min_bytes, on_mismatch)
         self._native = _rust.Aligner(self.student._native, self.teacher._native, *self._arguments)
 
     def __call__(
@@ -111,6 +110,7 @@ class Stream:
 
     def __init__(self, aligner: Aligner):
         self._push = aligner._native.push()
+        self._all = (np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int32))
 
     def push(self, student_ids: Sequence[int] = (), teacher_ids: Sequence[int] = ()) -> Tensor:
         """Takes more ids; spans int32 [C, 2, 2] of the new chunks."""
@@ -119,17 +119,26 @@ class Stream:
     def finish(self, student_ids: Sequence[int] = (), teacher_ids: Sequence[int] = ()) -> Alignment:
         """Takes the last ids; the Alignment of the whole row."""
         self._take(student_ids, teacher_ids, True)
-        spans, flags, num_bytes, *_ = self._all
+        spans, flags, num_bytes = self._all
         (student, teacher), mismatches, truncated = self._push.state()
         row_flags = np.array([(mismatches > 0) + 2 * truncated[0] + 4 * truncated[1]], np.uint8)
-        ptrs = [np.array([0, len(side)], np.int64) for side in (student, teacher)]
-        found = (spans, flags, num_bytes, np.array([0, len(flags)], np.int64), row_flags, np.array([mismatches], np.int32))
-        return _alignment(student, teacher, *ptrs, found)
+        s_ptr, t_ptr = (np.array([0, len(side)], np.int64) for side in (student, teacher))
+        found = (
+            spans,
+            flags,
+            num_bytes,
+            np.array([0, len(flags)], np.int64),
+            row_flags,
+            np.array([mismatches], np.int32),
+        )
+        return _alignment(student, teacher, s_ptr, t_ptr, found)
 
     def _take(self, student_ids: Sequence[int], teacher_ids: Sequence[int], ended: bool) -> Tensor:
         new = self._push.push(np.asarray(student_ids, np.int32), np.asarray(teacher_ids, np.int32), ended)
-        kept = getattr(self, "_all", None)
-        self._all = new[:3] if kept is None else tuple(np.concatenate(pair) for pair in zip(kept, new[:3], strict=True))
+        spans, flags, num_bytes = self._all
+        self._all = (
+            np.concatenate([spans, new[0]]), np.concatenate([flags, new[1]]), np.concatenate([num_bytes, new[2]])
+        )  # fmt: skip
         return torch.from_numpy(new[0]).reshape(-1, 2, 2)
 
 
@@ -147,7 +156,9 @@ def _flat(ids: Rows, mask: Any, side: str) -> tuple[NDArray[np.int32], NDArray[n
         flat = np.concatenate(rows) if rows else np.zeros(0, np.int32)
     else:
         if array.ndim > 2 or array.dtype.kind not in "iu":
-            raise ValueError(f"{side}_ids have shape {list(array.shape)} of {array.dtype}; they must be integers [T] or [B, T]")
+            raise ValueError(
+                f"{side}_ids have shape {list(array.shape)} of {array.dtype}; they must be integers [T] or [B, T]"
+            )
         array = np.atleast_2d(array)
         lengths = np.full(len(array), array.shape[1], np.int64)
         flat = np.ascontiguousarray(array.reshape(-1), np.int32)
@@ -193,7 +204,7 @@ def _segments(
             for side, (start, end), limit in zip((0, 1), spans, (s_range[1][row], t_range[1][row]), strict=True):
                 if not last[side] <= start <= end <= limit:
                     raise ValueError(
-                        f"row {row}: span ({start}, {end}) must lie in {last[side]}..{limit}: in order, apart, in the row"
+                        f"row {row}: span ({start}, {end}) must lie in {last[side]}..{limit}: in order and apart"
                     )
                 last[side] = end
             out.append([*spans[0], *spans[1]])
@@ -205,5 +216,7 @@ def _alignment(
     student_chunk: NDArray[Any], teacher_chunk: NDArray[Any], s_ptr: NDArray[Any], t_ptr: NDArray[Any], found: Any
 ) -> Alignment:
     spans, flags, num_bytes, row_ptr, row_flags, mismatches = map(torch.from_numpy, found)
-    sides = map(torch.from_numpy, (student_chunk, teacher_chunk, s_ptr, t_ptr))
-    return Alignment(*sides, spans.reshape(-1, 2, 2), row_ptr, flags, num_bytes, row_flags, mismatches)
+    student, teacher, s_rows, t_rows = map(torch.from_numpy, (student_chunk, teacher_chunk, s_ptr, t_ptr))
+    return Alignment(
+        student, teacher, s_rows, t_rows, spans.reshape(-1, 2, 2), row_ptr, flags, num_bytes, row_flags, mismatches
+    )

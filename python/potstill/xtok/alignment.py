@@ -20,9 +20,9 @@ class Alignment:
         another, row b at student_ptr[b]..student_ptr[b+1] (int64 [B+1]).  teacher_chunk, teacher_ptr: the same.
     spans: int32 [C, 2, 2], half-open token ranges, student then teacher, counted from the row's beginning; row b has
         chunks row_ptr[b]..row_ptr[b+1] (int64 [B+1]).
-    flags: uint8 [C], a sum of INVALID = 1 (the bytes differ), SPECIAL = 2 (a pair of special tokens), UNKNOWN = 4 (holds
-        an unknown token), REPLACED = 8 (U+FFFD stands for the other side's invalid bytes), INTERRUPTED = 16 (special
-        tokens lie inside, which are in no chunk), NORMALISED = 32 (a tokenizer changed the text here).
+    flags: uint8 [C], a sum of INVALID = 1 (the bytes differ), SPECIAL = 2 (a pair of special tokens), UNKNOWN = 4
+        (holds an unknown token), REPLACED = 8 (U+FFFD stands for the other side's invalid bytes), INTERRUPTED = 16
+        (special tokens lie inside, which are in no chunk), NORMALISED = 32 (a tokenizer changed the text here).
     num_bytes: int32 [C], bytes of text.
     row_flags: uint8 [B], a sum of MISMATCHED = 1, STUDENT_TRUNCATED = 2, TEACHER_TRUNCATED = 4 (that side ends before
         the other's text), DROPPED = 8.  mismatches: int32 [B], places where the sides' bytes part.

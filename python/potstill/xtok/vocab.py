@@ -26,7 +26,7 @@ class VocabBytes:
     from how tokens look; a kind that is not known is refused by name. Vocabularies made from the same file or tokenizer
     are one object inside; pickles carry the bytes, compressed.
 
-    `vocab[id]` are the bytes of an id (of a special token, those of its name); `flags` uint8 [V] is a sum of SPECIAL = 1,
+    `vocab[id]` are an id's bytes (of a special token, those of its name); `flags` uint8 [V] is a sum of SPECIAL = 1,
     BYTE_FALLBACK = 2, UNKNOWN = 4 (the unknown token, and ids that nothing names), CONTINUATION = 8 (WordPiece `##`),
     LOSSY = 16 (bytes that encoding cannot be relied on to write).
     """
@@ -36,7 +36,7 @@ class VocabBytes:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> VocabBytes:
-        """From a transformers tokenizer, a `tokenizers.Tokenizer`, a tiktoken encoding, a file or folder, or {bytes: id}.
+        """From a transformers tokenizer, a `tokenizers.Tokenizer`, a tiktoken encoding, a path or {bytes: id}.
 
         Raises TypeError for anything else, naming its class.
         """
@@ -50,7 +50,7 @@ class VocabBytes:
             specials = list(getattr(tokenizer, "_special_tokens", {}).items())
             return cls(Vocab.from_ranks(tokenizer._mergeable_ranks, specials))
         backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
-        if hasattr(backend, "to_str"):
+        if backend is not None and hasattr(backend, "to_str"):
             return cls(Vocab.parse(backend.to_str().encode(), "json"))._with_roles_of(tokenizer)
         if hasattr(tokenizer, "to_str"):
             return cls(Vocab.parse(tokenizer.to_str().encode(), "json"))
@@ -58,9 +58,9 @@ class VocabBytes:
         if isinstance(file, str) and file.endswith(".model") and Path(file).is_file():
             return cls.from_file(file)._with_roles_of(tokenizer)
         raise TypeError(
-            f"VocabBytes.from_tokenizer does not know {type(tokenizer).__module__}.{type(tokenizer).__qualname__}; it takes "
-            "a fast transformers tokenizer, one with a SentencePiece vocab_file, a tokenizers.Tokenizer, a tiktoken "
-            "encoding, a path or {bytes: id}. For others use VocabBytes.from_callback(size, id -> bytes)"
+            f"VocabBytes.from_tokenizer does not know {type(tokenizer).__module__}.{type(tokenizer).__qualname__}; "
+            "it takes a fast transformers tokenizer, one with a SentencePiece vocab_file, a tokenizers.Tokenizer, a "
+            "tiktoken encoding, a path or {bytes: id}. For others use VocabBytes.from_callback(size, id -> bytes)"
         )
 
     @classmethod
@@ -111,8 +111,10 @@ class VocabBytes:
     def _with_roles_of(self, tokenizer: Any) -> VocabBytes:
         roles, specials = {}, []
         for role, names in _ROLES.items():
-            ids = [getattr(tokenizer, f"{name}_token_id", None) for name in names]
-            roles.update({role: id for id in ids[:1] + [id for id in ids[1:] if ids[0] is None] if id is not None})
+            found = [getattr(tokenizer, f"{name}_token_id", None) for name in names]
+            known = [id for id in found if id is not None]
+            if known:
+                roles[role] = known[0]
         for id, token in getattr(tokenizer, "added_tokens_decoder", {}).items():
             if token.special and (id >= len(self) or not self.flags[id] & SPECIAL):
                 specials.append((id, token.content))
@@ -150,7 +152,7 @@ class VocabBytes:
         return self._native.is_lossy()
 
     def matched(self, other: VocabBytes) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Ids (own, other's), int32 [M] each, of content tokens with the same bytes, by own id; each id at most once."""
+        """Ids (own, other's), int32 [M] each, of content tokens with the same bytes, by own id; each once."""
         return self._native.matched(other._native)
 
     def projection(
