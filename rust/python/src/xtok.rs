@@ -16,8 +16,10 @@ use pyo3::types::PyBytes;
 use crate::errors::to_python;
 
 /// Vocabularies that are alive, by the hash of what they were built from.
-fn known() -> &'static Mutex<HashMap<(u128, u8), Weak<CoreVocab>>> {
-    static KNOWN: OnceLock<Mutex<HashMap<(u128, u8), Weak<CoreVocab>>>> = OnceLock::new();
+type Known = Mutex<HashMap<(u128, u8), Weak<CoreVocab>>>;
+
+fn known() -> &'static Known {
+    static KNOWN: OnceLock<Known> = OnceLock::new();
     KNOWN.get_or_init(Mutex::default)
 }
 

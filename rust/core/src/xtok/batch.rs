@@ -90,7 +90,9 @@ impl Aligner {
             ("student", &student, pairs.iter().map(|p| p.0).collect::<Vec<_>>()),
             ("teacher", &teacher, pairs.iter().map(|p| p.1).collect()),
         ] {
-            if let Some(id) = ids.iter().find(|id| vocab.flags.get(**id as usize).is_none_or(|f| f & flag::SPECIAL == 0)) {
+            if let Some(id) =
+                ids.iter().find(|id| vocab.flags.get(**id as usize).is_none_or(|f| f & flag::SPECIAL == 0))
+            {
                 return Err(Error::Refused(format!("pairs name {what} token {id}, which is not a special token")));
             }
         }
@@ -107,17 +109,18 @@ impl Aligner {
     }
 
     pub fn options(&self) -> Options {
-        Options {
-            granularity: self.granularity,
-            prefix: (self.student.rules.prefix, self.teacher.rules.prefix),
-        }
+        Options { granularity: self.granularity, prefix: (self.student.rules.prefix, self.teacher.rules.prefix) }
     }
 
     /// Whether ids alone do: some side keeps all bytes, or both change them in the same way.
     pub fn needs_text(&self) -> bool {
         let loss = |v: &Vocab| {
             let steps = v.rules.normal.iter().map(|s| s.loss()).max().unwrap_or(0);
-            if v.rules.drops_space { 5 } else { steps }
+            if v.rules.drops_space {
+                5
+            } else {
+                steps
+            }
         };
         let (s, t) = (loss(&self.student), loss(&self.teacher));
         s.min(t) >= 3 && !self.same_rules()
@@ -382,7 +385,13 @@ fn run(
 
 /// Writes a chunk down and its number beside its tokens; special tokens inside a chunk of text stay out.
 #[inline]
-pub fn record(c: Chunk, ids: (&Ids<'_>, &Ids<'_>), offsets: (usize, usize), maps: (&mut [i32], &mut [i32]), out: &mut Aligned) {
+pub fn record(
+    c: Chunk,
+    ids: (&Ids<'_>, &Ids<'_>),
+    offsets: (usize, usize),
+    maps: (&mut [i32], &mut [i32]),
+    out: &mut Aligned,
+) {
     let number = out.spans.len() as i32;
     let (s, t) = offsets;
     out.spans.push([(c.a.0 + s) as i32, (c.a.1 + s) as i32, (c.b.0 + t) as i32, (c.b.1 + t) as i32]);
@@ -393,9 +402,9 @@ pub fn record(c: Chunk, ids: (&Ids<'_>, &Ids<'_>), offsets: (usize, usize), maps
         maps.1[c.b.0..c.b.1].fill(number);
     } else {
         for (map, ids, range) in [(maps.0, ids.0, c.a), (maps.1, ids.1, c.b)] {
-            for at in range.0..range.1 {
+            for (slot, at) in map[range.0..range.1].iter_mut().zip(range.0..) {
                 if word_kind(ids.word(at)) != kind::SPECIAL {
-                    map[at] = number;
+                    *slot = number;
                 }
             }
         }
@@ -447,7 +456,7 @@ fn pair_roles(student: &Vocab, teacher: &Vocab, pairs: &[(u32, u32)]) -> (Vec<u1
         let (Some(x), Some(y)) = (s.get(a as usize).copied(), t.get(b as usize).copied()) else { continue };
         match (x, y) {
             (0, 0) => {
-                classes += 1;
+                classes = classes.saturating_add(1);
                 s[a as usize] = classes;
                 t[b as usize] = classes;
             }

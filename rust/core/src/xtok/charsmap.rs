@@ -15,7 +15,7 @@ impl Charsmap {
         let (size, rest) = blob.split_at_checked(4).ok_or_else(refuse)?;
         let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]) as usize;
         let (trie, strings) = rest.split_at_checked(size).ok_or_else(refuse)?;
-        if size == 0 || size % 4 != 0 {
+        if size == 0 || !size.is_multiple_of(4) {
             return Err(refuse());
         }
         let trie = trie.chunks_exact(4).map(|u| u32::from_le_bytes([u[0], u[1], u[2], u[3]])).collect();

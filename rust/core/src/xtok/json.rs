@@ -141,8 +141,7 @@ fn replaces_space(parts: &[(&str, &Value)], from: &str, to: &str) -> bool {
 }
 
 pub fn from_json(text: &[u8]) -> Result<Vocab> {
-    let file: File =
-        serde_json::from_slice(text).map_err(|e| Error::Refused(format!("not a tokenizer.json: {e}")))?;
+    let file: File = serde_json::from_slice(text).map_err(|e| Error::Refused(format!("not a tokenizer.json: {e}")))?;
     let (pre, decoder) = (listed(&file.pre_tokenizer), listed(&file.decoder));
     let normalizer = listed(&file.normalizer);
     let names = |parts: &[(&str, &Value)]| parts.iter().map(|p| p.0.to_string()).collect::<Vec<_>>().join(", ");
@@ -300,10 +299,9 @@ fn steps(normalizer: &[(&str, &Value)]) -> Result<Vec<Step>> {
                     lower,
                 }
             }
-            "Strip" => Step::Strip {
-                left: is_on(settings, "strip_left", true),
-                right: is_on(settings, "strip_right", true),
-            },
+            "Strip" => {
+                Step::Strip { left: is_on(settings, "strip_left", true), right: is_on(settings, "strip_right", true) }
+            }
             "Precompiled" => {
                 let base64 = settings.get("precompiled_charsmap").and_then(Value::as_str).unwrap_or_default();
                 let mut blob = Vec::new();

@@ -5,8 +5,8 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::xtok::vocab::{flag, push_bytes, word_kind, word_len, Kind, Vocab};
 use crate::xtok::vocab::kind;
+use crate::xtok::vocab::{flag, push_bytes, word_kind, word_len, Kind, Vocab};
 
 /// Hashes whole byte strings at once; `Hash` of a slice writes its length beside.
 #[derive(Default)]

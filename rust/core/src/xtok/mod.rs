@@ -15,5 +15,5 @@ pub mod stream;
 pub mod vocab;
 pub mod walk;
 
-pub use batch::{Aligner, Aligned, Granularity, OnMismatch, Row};
+pub use batch::{Aligned, Aligner, Granularity, OnMismatch, Row};
 pub use vocab::Vocab;

@@ -18,12 +18,23 @@ pub enum Step {
     Lowercase,
     StripAccents,
     Nmt,
-    Bert { clean: bool, chinese: bool, strip: bool, lower: bool },
-    Replace { from: String, to: String },
+    Bert {
+        clean: bool,
+        chinese: bool,
+        strip: bool,
+        lower: bool,
+    },
+    Replace {
+        from: String,
+        to: String,
+    },
     Charsmap(Blob),
     /// Runs of spaces become one, leading and trailing ones go.
     CollapseSpaces,
-    Strip { left: bool, right: bool },
+    Strip {
+        left: bool,
+        right: bool,
+    },
 }
 
 /// A charsmap with the bytes it was made of, which are what is stored.
@@ -141,7 +152,8 @@ pub struct Piece<'a> {
 /// invalid subsequence. Spaces are collapsed and stripped by the caller, who sees the whole.
 pub fn each_piece(text: &[u8], steps: &[Step], mut see: impl FnMut(Piece<'_>)) {
     let joins = steps.iter().any(Step::joins);
-    let maps: Vec<&Charsmap> = steps.iter().filter_map(|s| if let Step::Charsmap(b) = s { Some(&b.map) } else { None }).collect();
+    let maps: Vec<&Charsmap> =
+        steps.iter().filter_map(|s| if let Step::Charsmap(b) = s { Some(&b.map) } else { None }).collect();
     let mut piece = String::new();
     for chunk in text.utf8_chunks() {
         let mut rest = chunk.valid();

@@ -23,7 +23,9 @@ impl Push {
             ));
         }
         if aligner.on_mismatch == OnMismatch::Drop {
-            return Err(Error::Refused("on_mismatch=\"drop\" needs whole rows; use \"resync\" or \"error\" here".into()));
+            return Err(Error::Refused(
+                "on_mismatch=\"drop\" needs whole rows; use \"resync\" or \"error\" here".into(),
+            ));
         }
         Ok(Push {
             walk: Walk::new(aligner.options()),
@@ -53,7 +55,9 @@ impl Push {
         let mut sink = |c: Chunk| record(c, (&s, &t), (0, 0), (&mut maps.0, &mut maps.1), out);
         self.done = self.walk.run(&s, &t, ended, &mut self.scratch, &mut sink) == State::Done || ended;
         if let (OnMismatch::Error, Some((s, t))) = (aligner.on_mismatch, self.walk.first_mismatch) {
-            return Err(Error::Refused(format!("the sides' bytes differ from student token {s} and teacher token {t} on")));
+            return Err(Error::Refused(format!(
+                "the sides' bytes differ from student token {s} and teacher token {t} on"
+            )));
         }
         Ok(before)
     }

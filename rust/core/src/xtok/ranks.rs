@@ -77,17 +77,35 @@ struct TekkenSpecial {
 /// tekken.json: ids below `default_num_special_tokens` are special, the rest are ranks in order, cut at
 /// `default_vocab_size`. Names of special tokens that the file does not state are made up from their number.
 pub fn from_tekken(text: &[u8]) -> Result<Vocab> {
-    let file: Tekken =
-        serde_json::from_slice(text).map_err(|e| Error::Refused(format!("not a tekken file: {e}")))?;
+    let file: Tekken = serde_json::from_slice(text).map_err(|e| Error::Refused(format!("not a tekken file: {e}")))?;
     let specials = file.config.default_num_special_tokens;
     let mut builder = Builder::with_capacity(file.vocab.len());
     for rank in 0..specials.min(1 << 20) {
         builder.set(rank, flag::SPECIAL, |out| out.extend(format!("<SPECIAL_{rank}>").bytes()))?;
     }
     // the names of the first versions' special tokens are part of the format, not of the file
-    let old = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-        "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]",
-        "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]; // fmt: skip
+    let old = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "[AVAILABLE_TOOLS]",
+        "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]",
+        "[/TOOL_RESULTS]",
+        "[TOOL_CALLS]",
+        "[IMG]",
+        "<pad>",
+        "[IMG_BREAK]",
+        "[IMG_END]",
+        "[PREFIX]",
+        "[MIDDLE]",
+        "[SUFFIX]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[TOOL_CONTENT]",
+    ]; // fmt: skip
     let named = file.special_tokens.unwrap_or_else(|| {
         old.iter().zip(0..).map(|(name, rank)| TekkenSpecial { rank, token_str: name.to_string() }).collect()
     });

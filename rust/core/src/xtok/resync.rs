@@ -75,11 +75,7 @@ fn invalid_len(bytes: &[u8]) -> usize {
 }
 
 /// One side has U+FFFD where the other has a maximal invalid subsequence; up to two bytes of both may agree.
-fn replacement(
-    a: (&impl Stream, Place),
-    b: (&impl Stream, Place),
-    scratch: &Scratch,
-) -> Option<(usize, usize)> {
+fn replacement(a: (&impl Stream, Place), b: (&impl Stream, Place), scratch: &Scratch) -> Option<(usize, usize)> {
     let mut common = [0u8; 2];
     for back in 0..=2usize {
         for (n, byte) in common.iter_mut().enumerate().take(back) {

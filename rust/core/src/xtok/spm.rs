@@ -84,7 +84,7 @@ mod piece {
 pub fn from_model(bytes: &[u8]) -> Result<Vocab> {
     let mut builder = Builder::with_capacity(32_000);
     let mut normalizer = Normalizer { charsmap: &[], dummy_prefix: true, remove_extra: true, escape: true };
-    let mut roles = vec![("unk", 0i64), ("bos", 1), ("eos", 2), ("pad", -1)];
+    let mut roles = [("unk", 0i64), ("bos", 1), ("eos", 2), ("pad", -1)];
     let mut trained = false;
     Fields::each(bytes, |number, value| {
         match (number, value) {
@@ -129,9 +129,9 @@ pub fn from_model(bytes: &[u8]) -> Result<Vocab> {
         rules.normal.push(Step::CollapseSpaces);
     }
     let ids = builder.len() as i64;
-    rules.roles.extend(
-        roles.iter().filter(|(_, id)| (0..ids).contains(id)).map(|(role, id)| (role.to_string(), *id as u32)),
-    );
+    rules
+        .roles
+        .extend(roles.iter().filter(|(_, id)| (0..ids).contains(id)).map(|(role, id)| (role.to_string(), *id as u32)));
     Ok(builder.finish(rules, 0))
 }
 

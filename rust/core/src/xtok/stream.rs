@@ -4,6 +4,9 @@ use crate::xtok::vocab::{kind, load, make_word, word_is_long, word_kind, word_le
 
 pub trait Stream {
     fn len(&self) -> usize;
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
     fn word(&self, at: usize) -> Word;
     /// Bytes of the long tokens.
     fn long(&self) -> &[u8];

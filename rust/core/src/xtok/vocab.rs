@@ -155,7 +155,8 @@ impl Builder {
     /// Ids without a token have no bytes and count as unknown. `size`: at least that many ids.
     pub fn finish(self, rules: Rules, size: usize) -> Vocab {
         let ids = self.tokens.len().max(size);
-        let mut vocab = Vocab { words: Vec::with_capacity(ids), long: Vec::new(), flags: Vec::with_capacity(ids), rules };
+        let mut vocab =
+            Vocab { words: Vec::with_capacity(ids), long: Vec::new(), flags: Vec::with_capacity(ids), rules };
         for token in self.tokens.iter().chain(std::iter::repeat(&None)).take(ids) {
             let (at, len, flags) = token.unwrap_or((0, 0, flag::UNKNOWN | flag::LOSSY));
             vocab.push(&self.blob[at as usize..(at + len) as usize], flags);
@@ -231,7 +232,8 @@ impl Vocab {
         let ids = cursor.u32().map_err(damaged)? as usize;
         let lens = cursor.take(2 * ids.min(MAX_IDS)).map_err(damaged)?;
         let flags = cursor.take(ids).map_err(damaged)?;
-        let mut vocab = Vocab { words: Vec::with_capacity(ids), long: Vec::new(), flags: Vec::with_capacity(ids), rules };
+        let mut vocab =
+            Vocab { words: Vec::with_capacity(ids), long: Vec::new(), flags: Vec::with_capacity(ids), rules };
         for (len, flags) in lens.chunks_exact(2).zip(flags) {
             let token = cursor.take(usize::from(u16::from_le_bytes([len[0], len[1]]))).map_err(damaged)?;
             vocab.push(token, *flags);

@@ -246,7 +246,7 @@ impl Walk {
     ) -> Option<State> {
         let damaged = self.parted == Some(false);
         match resync((a, self.a.place), (b, self.b.place), ended, damaged, scratch) {
-            Found::Wait => return Some(State::Wait),
+            Found::Wait => Some(State::Wait),
             Found::Skip { a: skip_a, b: skip_b, replaced } => {
                 self.a.place.skip(a, skip_a);
                 self.b.place.skip(b, skip_b);
@@ -385,7 +385,11 @@ impl Walk {
         let (mut i, mut j) = (self.a.place.next, self.b.place.next);
         let role = |stream: &dyn Fn(usize) -> (u8, u16), at: usize| {
             let (what, role) = stream(at);
-            if what == kind::SPECIAL { role } else { 0 }
+            if what == kind::SPECIAL {
+                role
+            } else {
+                0
+            }
         };
         let (of_a, of_b) = (|at| (word_kind(a.word(at)), a.role(at)), |at| (word_kind(b.word(at)), b.role(at)));
         while i < next.0 && j < next.1 {
