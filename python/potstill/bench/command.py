@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "all"]
+WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "xtok", "all"]
 
 
 @click.command()
@@ -27,7 +27,7 @@ WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "all"]
 @click.option("--repeats", type=int, default=None, help="Rounds, instead of 5 (top-k: 7).")
 @click.option("--write-docs", is_flag=True, help="Put the tables into docs/performance.md and README.md.")
 def bench(what: str, out: Path, write_docs: bool, **options: Any) -> None:
-    """Measure losses, top-k and the cache beside their rivals, interleaved, after a check of the results.
+    """Measure losses, top-k, the cache and alignment beside their rivals, interleaved, after a check of the results.
 
     Liger-Kernel and TRL are measured where they are installed (pip install "potstill[rivals]").
     """

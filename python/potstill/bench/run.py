@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from potstill.bench import cache, losses, objectives, rivals, topk
+from potstill.bench import cache, losses, objectives, rivals, topk, xtok
 from potstill.bench.cases import Shape
 from potstill.bench.measure import machine
 from potstill.bench.tables import tables
 
 Row = dict[str, Any]
-SECTIONS = ("losses", "divergences", "precision", "memory", "topk", "cache")
+SECTIONS = ("losses", "divergences", "precision", "memory", "topk", "cache", "xtok")
 MARK = ("<!-- figures: potstill bench --write-docs -->", "<!-- end of figures -->")
 
 
@@ -72,6 +72,13 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
         torch.set_num_threads(1)
         note("topk")
         found["topk"] = topk.figures(smoke=plan.smoke, repeats=plan.times(7))
+        for dtype, n, vocab, k, kind in topk.CASES:
+            note(f"topk: {dtype}, k={k}, {kind}")
+            found["topk"] += _topk(dtype, 4 if plan.smoke else n, vocab, k, kind, repeats=plan.times(7))
+    if what in ("xtok", "all"):
+        torch.set_num_threads(1)
+        note("xtok")
+        found["xtok"] = xtok.figures(smoke=plan.smoke, repeats=plan.times(5), note=note)
     torch.set_num_threads(before)
     if what in ("cache", "all"):
         if plan.cache_path.is_dir():

@@ -67,6 +67,12 @@ def topk(rows: list[Row]) -> str:
     ])  # fmt: skip
 
 
+def xtok(rows: list[Row]) -> str:
+    return table(["two tokenizers, one thread", "variant", "figure", "spread"], [
+        [r["case"], r["variant"], f"{r['value']:.3g} {r['unit']}".strip(), f"{r['spread']:.0%}"] for r in rows
+    ])  # fmt: skip
+
+
 def cache(rows: list[Row]) -> str:
     return table(["cache", "variant", "bytes a token", "tokens/s decoded, one thread"], [
         [r["case"], r["variant"], f"{r['bytes_per_token']:.0f}",
@@ -77,7 +83,9 @@ def cache(rows: list[Row]) -> str:
 
 def tables(found: Row) -> str:
     """Every section that has rows, and what they were made on."""
-    makers = dict(losses=losses, divergences=divergences, precision=precision, memory=memory, topk=topk, cache=cache)
+    makers = dict(
+        losses=losses, divergences=divergences, precision=precision, memory=memory, topk=topk, cache=cache, xtok=xtok
+    )
     parts = [make(found[name]) for name, make in makers.items() if found.get(name)]
     m = found["machine"]
     made = f"Made on {m['cpu']}, {m['cores']} cores ({m['capability']}), torch {m['torch']}, potstill {m['potstill']}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill.extraction import linear_topk
 from potstill.teachers import Head, TopK
 from potstill.xtok.alignment import Alignment
-from potstill.xtok.alm import predicted_chunks
+from potstill.xtok.alm import next_token_log_probs, predicted_chunks
 from potstill.xtok.at import log_probs_at
 
 
@@ -56,50 +56,55 @@ def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
     return (q.sort(-1, descending=True).values - p.sort(-1, descending=True).values).abs().sum(-1)
 
 
-def first_rows(alignment: Alignment) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows that predict the first token of each valid chunk: (student rows [M], teacher rows [M], chunks [M]), int64.
+def first_rows(alignment: Alignment, *, last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that predict the first token (or the last one) of each valid chunk: (student rows [M], teacher rows [M],
+    chunks [M]), int64.
 
     Rows count flat, as in student_chunk; the row of a token is the one before it. Chunks at a row's beginning, which
     nothing predicts, are left out.
     """
     chunks = (alignment.valid & predicted_chunks(alignment)).nonzero()[:, 0]
     row = torch.searchsorted(alignment.row_ptr, chunks, right=True) - 1
-    first = alignment.spans[chunks][:, :, 0].long() - 1
-    return first[:, 0] + alignment.student_ptr[row], first[:, 1] + alignment.teacher_ptr[row], chunks
+    spans = alignment.spans[chunks].long()
+    at = spans[:, :, 1] - 2 if last else spans[:, :, 0] - 1
+    return at[:, 0] + alignment.student_ptr[row], at[:, 1] + alignment.teacher_ptr[row], chunks
 
 
-def merged_scale(log_probs: Tensor, chunk: Tensor, spans_first: Tensor, count: int) -> Tensor:
-    """Log-probability of a chunk's tokens behind its first, [C]: what merging multiplies the first row by.
+def merged_scale(log_probs: Tensor, chunk: Tensor, kept: Tensor, count: int) -> Tensor:
+    """Log-probability of each chunk's tokens but one, [C]: what merging multiplies that token's row by.
 
-    log_probs: [n] of every token.  chunk: [n].  spans_first: flat index of each chunk's first token [C]. One sum over
-    tokens, so linear in them.
+    log_probs, chunk: [n], of every token.  kept: [M], flat index of the token of each merged chunk that keeps its row.
+    One sum over tokens, so linear in them.
     """
-    flat = log_probs.reshape(-1)
-    behind = flat.index_fill(0, spans_first.long(), 0.0)
+    others = log_probs.reshape(-1).index_fill(0, kept, 0.0)
     slot = torch.where(chunk < 0, count, chunk).long()
-    return flat.new_zeros(count + 1).index_add(0, slot, behind)[:count]
+    return others.new_zeros(count + 1).index_add(0, slot, others)[:count]
 
 
 def gold_loss(
     student_hidden: Tensor, student_head: Head | Tensor, student_ids: Tensor, teacher: TopK,
     alignment: Alignment, matched: tuple[Any, Any], *, matched_weight: float = 1.0, unmatched_weight: float = 1.0,
-    merge: bool = True, teacher_log_probs: Tensor | None = None, precise: bool = False, reduction: str = "mean",
+    merge: str | None = "observed", teacher_log_probs: Tensor | None = None, precise: bool = False,
+    reduction: str = "mean",
 ) -> Tensor:  # fmt: skip
     """KL on ids that both vocabularies have, sorted distance on the rest, one row pair for each aligned chunk.
 
     student_hidden: [n, D], student_ids [n] flat as alignment.student_chunk; row i predicts token i + 1.  teacher: TopK
     [m, K], row j predicting token j + 1.  matched: (student ids, teacher ids) of
     `student_vocab.matched(teacher_vocab)`.
-    merge: a chunk of several tokens is one prediction: the row of its first token times the probability of the tokens
-        behind it, on either side ("observed" merging); the teacher's comes from teacher_log_probs [m], log-probability
-        of every token given those before it. merge=False compares first rows alone.
+    merge: a chunk of several tokens is one prediction, on either side: "observed", the row of its first token times the
+        probability of the tokens behind it; "bayesian", the row of its last token times that of the tokens before it;
+        the teacher's come from teacher_log_probs [m], log-probability of every token given those before it. None
+        compares first rows alone.
 
     For each chunk: `sum_v p_v (log p_v - log q_v)` over the teacher's matched entries and one entry for everything
     else, times matched_weight, and `sorted_distance` of the unmatched ones, times unmatched_weight. With equal
     vocabularies and chunks of one token it is forward KL with a tail bucket. Memory is chunks x K.
     """
     device = student_hidden.device
-    s_rows, t_rows, chunks = first_rows(alignment)
+    if merge not in ("observed", "bayesian", None):
+        raise ValueError(f"merge={merge!r} is none of 'observed', 'bayesian', None")
+    s_rows, t_rows, chunks = first_rows(alignment, last=merge == "bayesian")
     x = student_hidden.reshape(-1, student_hidden.shape[-1])[s_rows]
     head = student_head if isinstance(student_head, Head) else Head(student_head)
     own, other = (torch.as_tensor(ids, device=device).long() for ids in matched)
@@ -117,8 +122,11 @@ def gold_loss(
     lp = t_log_probs.to(lq.dtype)
     if merge:
         if teacher_log_probs is None:
-            raise ValueError("merge=True needs teacher_log_probs [m], or pass merge=False")
-        s_scale, t_scale = _scales(x, head, student_ids, teacher_log_probs, alignment, student_hidden, chunks, precise)
+            raise ValueError(f"merge={merge!r} needs teacher_log_probs [m], or pass merge=None")
+        flat = student_hidden.reshape(-1, student_hidden.shape[-1])
+        tokens = next_token_log_probs(flat, head, student_ids.reshape(-1), alignment.student_ptr, precise=precise)
+        s_scale = merged_scale(tokens, alignment.student_chunk, s_rows + 1, len(alignment))[chunks]
+        t_scale = merged_scale(teacher_log_probs.detach(), alignment.teacher_chunk, t_rows + 1, len(alignment))[chunks]
         lq, lq_top = lq + s_scale[:, None], lq_top + s_scale[:, None]
         lp = lp + t_scale.to(lp.dtype)[:, None]
     on_both = at >= 0
@@ -130,30 +138,6 @@ def gold_loss(
     alone_p = torch.where(on_both, 0.0, lp.exp())
     loss = matched_weight * kl + unmatched_weight * sorted_distance(alone_q, alone_p)
     return _reduced(loss, None, reduction)
-
-
-def _scales(
-    x: Tensor, head: Head, student_ids: Tensor, teacher_log_probs: Tensor, alignment: Alignment, hidden: Tensor,
-    chunks: Tensor, precise: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What merging multiplies the first rows of `chunks` by, in logs: student (with gradient) and teacher."""
-    from potstill.xtok.alm import next_token_log_probs
-
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    tokens = next_token_log_probs(flat, head, student_ids.reshape(-1), alignment.student_ptr, precise=precise)
-    row = torch.repeat_interleave(
-        torch.arange(alignment.num_rows, device=x.device), alignment.row_ptr[1:] - alignment.row_ptr[:-1]
-    )
-    out = []
-    for side, (log_probs, chunk, ptr) in enumerate(
-        (
-            (tokens, alignment.student_chunk, alignment.student_ptr),
-            (teacher_log_probs.detach().reshape(-1), alignment.teacher_chunk, alignment.teacher_ptr),
-        )
-    ):
-        first = alignment.spans[:, side, 0] + ptr[row]
-        out.append(merged_scale(log_probs, chunk, first.clamp(max=len(log_probs) - 1), len(alignment))[chunks])
-    return out[0], out[1]
 
 
 def _reduced(loss: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
