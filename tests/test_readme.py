@@ -27,7 +27,7 @@ def test_readme_examples_run(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     found = examples()
-    assert [language for language, _ in found] == ["python", "bash", "python", "python", "bash"]
+    assert [language for language, _ in found] == ["python", "bash", "python", "python", "python", "bash"]
     for language, source in found:
         command = [sys.executable, "-c", source] if language == "python" else ["bash", "-euc", source]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-//! The potstill teacher cache in pure Rust: format, codec, writer, reader. It knows nothing of Python or torch.
+//! The potstill teacher cache and the alignment of tokenizers (`xtok`) in pure Rust. It knows nothing of Python or torch.
 //!
 //! A cache is a folder of immutable, content-named shards, an append-only log of create-exclusive records and a
 //! manifest that compacts the log. `docs/format.md` states the format; the modules here follow its order.
