@@ -72,9 +72,6 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
         torch.set_num_threads(1)
         note("topk")
         found["topk"] = topk.figures(smoke=plan.smoke, repeats=plan.times(7))
-        for dtype, n, vocab, k, kind in topk.CASES:
-            note(f"topk: {dtype}, k={k}, {kind}")
-            found["topk"] += _topk(dtype, 4 if plan.smoke else n, vocab, k, kind, repeats=plan.times(7))
     if what in ("xtok", "all"):
         torch.set_num_threads(1)
         note("xtok")
