@@ -115,6 +115,25 @@ static void sparse_rows(int64_t rows, int64_t columns, const SideArgs& student, 
   loop(r, chosen()->sparse, threads);
 }
 
+// (lse_s, lse_t or lse_rest, lse_1, total or outside, weight or rest): addresses of [rows] fp64
+using StatArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+static void part(int step, int64_t rows, int64_t columns, const SideArgs& student, const SideArgs& teacher, uintptr_t ids,
+                 uintptr_t entries, int64_t k, const StatArgs& stats, uintptr_t coef, uintptr_t labels,
+                 const ObjectiveArgs& objective, uintptr_t grad, int64_t grad_stride, uintptr_t sums, int threads) {
+  PartRows r{};
+  fill(r, rows, columns, student, coef, labels, objective, grad, grad_stride, 0);
+  const auto number = [](uintptr_t x) { return reinterpret_cast<const double*>(x); };
+  r.step = static_cast<PartStep>(step), r.teacher = side(teacher);
+  if (r.teacher.data && (r.student.dtype == Dtype::f64) != (r.teacher.dtype == Dtype::f64))
+    throw py::value_error("fp64 logits go with fp64 logits only");
+  r.lse_s = number(std::get<0>(stats)), r.lse_t = number(std::get<1>(stats)), r.lse_1 = number(std::get<2>(stats));
+  r.a = number(std::get<3>(stats)), r.b = number(std::get<4>(stats));
+  r.ids = reinterpret_cast<const int64_t*>(ids), r.entries = reinterpret_cast<const void*>(entries), r.k = k;
+  r.sums = reinterpret_cast<double*>(sums);
+  loop(r, chosen()->part, threads);
+}
+
 static void topk(int64_t rows, const SideArgs& logits, int64_t k, uintptr_t ids, uintptr_t log_probs, uintptr_t log_rest,
                  uintptr_t lse, uintptr_t tokens, uintptr_t token_log_probs, uintptr_t token_ranks,
                  const std::vector<double>& temperatures, uintptr_t log_rest_at, int threads) {
@@ -159,6 +178,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("topk", &topk);
   m.def("token_rows", &token_rows);
   m.def("sample_rows", &sample_rows);
+  m.def("part", &part);
   m.def("divergences", [] {
     py::dict found;
     for (int i = 0; kDivergences[i].name; ++i) found[kDivergences[i].name] = kDivergences[i].parameters;

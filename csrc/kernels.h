@@ -44,6 +44,20 @@ struct SparseRows : Rows {
   Tail tail;
 };
 
+// A part of the vocabulary; see potstill/rows_parts.py. `out` is not used; ids and labels count from the part's first column.
+enum class PartStep : int { lse = 0, dense_sums = 1, dense_grad = 2, sparse_grad = 3 };
+
+struct PartRows : Rows {
+  PartStep step;
+  Side teacher;
+  const double *lse_s, *lse_t, *lse_1;  // [rows]; lse_t is lse_rest for sparse_grad
+  const double *a, *b;                  // [rows]: total and weight, or outside and rest
+  const int64_t* ids;                   // [rows, k]
+  const void* entries;                  // [rows, k], as coef
+  int64_t k;
+  double* sums;  // [rows] log-sum-exps, or [2, rows]
+};
+
 struct TopkRows {
   int64_t rows, k;
   Side logits;
@@ -88,6 +102,7 @@ struct Kernels {
   void (*topk)(const TopkRows&, int64_t begin, int64_t end);
   void (*tokens)(const TokenRows&, int64_t begin, int64_t end);
   void (*sample)(const SampleRows&, int64_t begin, int64_t end);
+  void (*part)(const PartRows&, int64_t begin, int64_t end);
 };
 
 // Index of a divergence in the compiled table, or -1.

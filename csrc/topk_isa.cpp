@@ -126,6 +126,7 @@ void dense(const DenseRows&, int64_t, int64_t);
 void sparse(const SparseRows&, int64_t, int64_t);
 void tokens(const TokenRows&, int64_t, int64_t);
 void sample(const SampleRows&, int64_t, int64_t);
+void part(const PartRows&, int64_t, int64_t);
 
 }  // namespace POTSTILL_ISA
 
@@ -136,6 +137,7 @@ void sample(const SampleRows&, int64_t, int64_t);
 extern const Kernels POTSTILL_JOIN(kernels_, POTSTILL_ISA);
 const Kernels POTSTILL_JOIN(kernels_, POTSTILL_ISA) = {
     POTSTILL_NAME(POTSTILL_ISA), POTSTILL_ISA::dense,  POTSTILL_ISA::sparse,
-    POTSTILL_ISA::topk,          POTSTILL_ISA::tokens, POTSTILL_ISA::sample};
+    POTSTILL_ISA::topk,          POTSTILL_ISA::tokens, POTSTILL_ISA::sample,
+    POTSTILL_ISA::part};
 
 }  // namespace potstill

@@ -27,6 +27,13 @@ def sample_rows(
     rows: int, logits: _Side, n: int, temperature: float, seed: int, first_row: int, ids: int, counts: int,
     log_probs: int, lse: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def part(
+    step: int, rows: int, columns: int, student: _Side, teacher: _Side, ids: int, entries: int, k: int,
+    stats: tuple[int, int, int, int, int], coef: int, labels: int, objective: _Objective, grad: int, grad_stride: int,
+    sums: int, threads: int, /,
+) -> None:  # fmt: skip
+    """step 0 log-sum-exp | 1 dense sums | 2 dense gradient | 3 sparse gradient; stats as in csrc/kernels.h."""
+
 def divergences() -> dict[str, int]:
     """Compiled divergences and the number of their parameters."""
 

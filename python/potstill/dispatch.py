@@ -18,6 +18,7 @@ BACKEND_MODULES = (
     "potstill.reference",
     "potstill.kernels.cpp",
     "potstill.kernels.cpp_topk",
+    "potstill.kernels.cpp_parts",
     "potstill.kernels.cuda",
     "potstill.kernels.cuda_topk",
     "potstill.kernels.triton_backend",

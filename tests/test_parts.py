@@ -1,0 +1,168 @@
+"""The vocabulary in parts against the whole one: tiles of any size give the same numbers and the same gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from potstill import chunked, divergences, parts
+from potstill.chunked import TeacherRows, Wanted
+from potstill.parts_inputs import PartTeacher, Shard
+from potstill.rows import TAILS, RowSpec, Side
+
+N, D, DT, V, PADDED, K = 13, 8, 6, 101, 107, 7
+WANT = Wanted(True, True, True)
+
+
+class Rows:
+    """A student and every teacher; two rows do not count and hold NaN."""
+
+    def __init__(self, seed=0, dtype=torch.float64):
+        g = torch.Generator().manual_seed(seed)
+
+        def make(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+        self.hidden, self.weight, self.bias = make(N, D), make(PADDED, D), make(PADDED)
+        self.t_hidden, self.t_weight, self.t_bias = make(N, DT), make(PADDED, DT), make(PADDED)
+        self.logits = self.t_hidden @ self.t_weight.T + self.t_bias
+        self.labels = torch.randint(0, V, (N,), generator=g)
+        self.coef = torch.rand(N, generator=g, dtype=torch.float64).to(dtype) + 0.1
+        self.coef[3:5] = 0
+        self.hidden[3:5] = self.t_hidden[3:5] = float("nan")
+        lp = self.logits[:, :V].log_softmax(-1)
+        self.log_probs, self.ids = lp.topk(K)
+        self.log_rest = lp.scatter(1, self.ids, -torch.inf).logsumexp(-1)
+        self.ids[1, -2:], self.log_probs[1, -2:] = -1, -torch.inf
+        self.weights = torch.rand(N, K, generator=g, dtype=torch.float64).to(dtype) + 0.2
+
+    def teacher(self, form):
+        if form == "hidden":
+            return dict(hidden=self.t_hidden, weight=self.t_weight, bias=self.t_bias)
+        if form == "logits":
+            return dict(logits=self.logits)
+        return dict(
+            ids=self.ids,
+            log_probs=self.log_probs if form != "renormalize" else self.log_probs.log_softmax(-1),
+            log_rest=self.log_rest if form == "bucket" else None,
+        )
+
+    def whole(self, form, spec, rows=5, backend="torch"):
+        return chunked.linear_rows(
+            self.hidden, self.weight, self.bias, TeacherRows(**self.teacher(form)), self.coef, self.labels, spec, WANT,
+            rows, False, backend,
+        )  # fmt: skip
+
+    def tiled(self, form, spec, rows=5, backend="torch", tiled=True):
+        teacher = PartTeacher(**self.teacher(form), weights=self.weights if form == "sampled" else None)
+        args = (self.hidden, self.weight, self.bias, teacher, self.coef, self.labels)
+        shard = Shard(V, tiled=tiled)
+        out, stats, entries = parts.linear_parts(*args, spec, shard, rows, False, backend)
+        return out, *parts.linear_parts_backward(*args, stats, entries, spec, shard, WANT, rows, False, backend)
+
+
+def spec_for(form, name, temperature=1.0, ce=0.0, softcap=0.0, scale=1.0):
+    teacher = Side(V, 1.1, 9.0 if softcap else 0.0) if form in ("hidden", "logits") else None
+    tail = form if form in TAILS else "bucket"
+    return RowSpec(divergences.TABLE[name], Side(V, scale, softcap), teacher, tail, temperature, 0.6, ce)
+
+
+CASES = [(1.0, 0.0, 0.0, 1.0), (2.0, 0.3, 0.0, 0.7), (1.0, 0.5, 8.0, 1.3), (0.7, 0.4, 8.0, -0.5)]
+
+
+@pytest.mark.parametrize("name", divergences.names())
+@pytest.mark.parametrize("form", ["hidden", "logits", "bucket", "renormalize", "drop"])
+def test_tiles_give_what_the_whole_vocabulary_gives(form, name, monkeypatch, poisoned):
+    """Every divergence, teacher, tail; temperatures, cross-entropy, softcap, scale, padding and ignored rows."""
+    rows = Rows()
+    modes = itertools.cycle([("torch", True), ("auto", True), ("auto", False)])
+    for (temperature, ce, softcap, scale), tile in zip(CASES, (17, 40, 100, 64), strict=True):
+        monkeypatch.setattr(parts, "CPU_TILE", tile)
+        spec = spec_for(form, name, temperature, ce, softcap, scale)
+        if spec.divergence.outer and form == "drop":
+            continue
+        expected = rows.whole(form, spec, backend="auto")
+        for backend, tiled in itertools.islice(modes, 2):
+            for a, b in zip(rows.tiled(form, spec, backend=backend, tiled=tiled), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [1, V - 1, V, 4096])
+def test_any_tile_and_chunk(tile, monkeypatch):
+    rows = Rows()
+    monkeypatch.setattr(parts, "CPU_TILE", tile)
+    for form, chunk in (("hidden", 1), ("bucket", 100), ("logits", 4)):
+        spec = spec_for(form, "jsd", 1.0, 0.3)
+        expected = rows.whole(form, spec)
+        for a, b in zip(rows.tiled(form, spec, chunk, "auto"), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "k1", "k2", "k3"])
+def test_sampled_entries(name, monkeypatch):
+    """Weighted sampled tokens against autograd over the whole vocabulary, which chunked does not take yet."""
+    rows = Rows()
+    monkeypatch.setattr(parts, "CPU_TILE", 30)
+    spec = spec_for("sampled", name, 1.0, 0.5)
+    got = rows.tiled("sampled", spec, backend="auto")
+    live = rows.coef != 0
+    leaves = [x.clone().requires_grad_() for x in (rows.hidden, rows.weight, rows.bias)]
+    lq = (leaves[0][live] @ leaves[1].T + leaves[2])[:, :V].log_softmax(-1)
+    at, given = rows.ids[live].clamp(min=0), rows.ids[live] >= 0
+    lp = torch.where(given, rows.log_probs[live], 0.0)
+    term = spec.divergence.formula(lp, lq.gather(1, at), *spec.divergence.values)[0]
+    value = torch.where(given, rows.weights[live] * term, 0.0).sum(-1)
+    ce = -lq.gather(1, rows.labels[live][:, None])[:, 0]
+    torch.testing.assert_close(got[0][:, live], torch.stack([value, ce]))
+    loss = (rows.coef[live] * (0.6 * value + 0.5 * ce)).sum()
+    for a, b in zip(got[1:], torch.autograd.grad(loss, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_cross_entropy_alone(monkeypatch):
+    """No teacher: labels only."""
+    rows = Rows()
+    monkeypatch.setattr(parts, "CPU_TILE", 30)
+    args = (rows.hidden, rows.weight, rows.bias, PartTeacher(), rows.coef, rows.labels)
+    spec, shard = spec_for("drop", "forward_kl", 2.0, 0.5, 6.0), Shard(V)
+    out, stats, entries = parts.linear_parts(*args, spec, shard, 4, False, "auto")
+    grads = parts.linear_parts_backward(*args, stats, entries, spec, shard, WANT, 4, False, "auto")
+    live = rows.coef != 0
+    leaves = [x.clone().requires_grad_() for x in (rows.hidden, rows.weight, rows.bias)]
+    z = 6.0 * torch.tanh((leaves[0][live] @ leaves[1].T + leaves[2])[:, :V] / 6.0)
+    ce = torch.nn.functional.cross_entropy(z, rows.labels[live], reduction="none")
+    torch.testing.assert_close(out[:, live], torch.stack([0 * ce, ce]))
+    for a, b in zip(grads, torch.autograd.grad((rows.coef[live] * 0.5 * ce).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["hidden", "bucket"])
+def test_narrow_inputs_are_no_worse_than_the_default_path(form, dtype, monkeypatch, no_worse):
+    rows, narrow = Rows(), Rows(dtype=dtype)
+    for name in ("hidden", "weight", "bias", "t_hidden", "t_weight", "t_bias", "coef"):
+        setattr(rows, name, getattr(narrow, name).double())
+    for name in ("log_probs", "log_rest"):
+        setattr(narrow, name, getattr(rows, name).float())
+    narrow.coef = rows.coef.float()
+    monkeypatch.setattr(parts, "CPU_TILE", 37)
+    spec = spec_for(form, "reverse_kl", 1.0 if form == "bucket" else 2.0, 0.4)
+    truth, plain = rows.whole(form, spec), narrow.whole(form, spec, backend="auto")
+    for a, b, t in zip(narrow.tiled(form, spec, backend="auto"), plain, truth, strict=True):
+        assert a.dtype == b.dtype
+        no_worse(a, b, t, 4e-6)
+
+
+def test_a_weights_gradient_is_summed_in_fp32_over_chunks():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(512, 32, generator=g).bfloat16(), torch.randn(90, 32, generator=g).bfloat16()
+    teacher = PartTeacher(logits=torch.randn(512, 90, generator=g) * 3)
+    spec, shard, coef = RowSpec(divergences.get("forward_kl"), Side(90), Side(90)), Shard(90), torch.ones(512) / 512
+    grads = {}
+    for rows in (1, 512):
+        args = (hidden, weight, None, teacher, coef, None)
+        _, stats, entries = parts.linear_parts(*args, spec, shard, rows, False, "auto")
+        grads[rows] = parts.linear_parts_backward(*args, stats, entries, spec, shard, WANT, rows, False, "auto")[1]
+    torch.testing.assert_close(grads[1], grads[512], rtol=1e-2, atol=1e-6)
+    assert ((grads[1] - grads[512]).float().norm() / grads[512].float().norm()).item() < 1e-3
