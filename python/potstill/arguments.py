@@ -28,9 +28,9 @@ class Call:
         divergence: str | Divergence | RowLoss, temperature: float, teacher_temperature: float | None, tail: str,
         scale_by_t2: bool, distill_weight: float, ce_weight: float, token_weights: Tensor | None, ignore_index: int,
         reduction: str, num_items: int | Tensor | None, return_metrics: bool | Sequence[str], backend: str,
-        chunk_rows: int | None, precise: bool,
+        chunk_rows: int | None, precise: bool, shard: Head | None = None,
     ):  # fmt: skip
-        self.lead, self.device, self.side, self.labels = lead, x.device, side, labels
+        self.lead, self.device, self.side, self.labels, self.shard = lead, x.device, side, labels, shard
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.divergence = divergences.get(divergence)
         self.temperature, self.tail = check_temperature(temperature), tail
@@ -159,8 +159,13 @@ def metric_names(wanted: bool | Sequence[str], teacher: Teacher | None) -> tuple
     return names
 
 
-def promote(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:
+def promote(hidden: Tensor, head: Head, *, shard: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden, weight and bias in one dtype: as they are, or autocast's where it is on."""
+    if head.group is not None and not shard:
+        raise ValueError(
+            f"the head is a shard of the vocabulary, from {head.vocab_start} on; linear_distill_loss takes one as "
+            "student_head, and beside it in a HiddenTeacher. Give the whole head here"
+        )
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         raise TypeError(f"hidden states must be a floating-point tensor [..., D], not {describe(hidden)}")
     weight, bias = head.weight, head.bias

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from potstill.divergences import Divergence
 from potstill.mixtures import Masked, Mix, OneHot, Student, Teacher, Uniform
+from potstill.parts_arguments import same_shard
 from potstill.rows import COMPLETE, Side
 from potstill.teachers import HiddenTeacher, LogitsTeacher, TopK
 
@@ -69,7 +70,8 @@ class Encoder:
             case HiddenTeacher():
                 from potstill.arguments import promote
 
-                hidden, weight, bias = promote(t.hidden, t.head)
+                hidden, weight, bias = promote(t.hidden, t.head, shard=call.shard is not None)
+                same_shard(call.shard, t.head)
                 if hidden.shape[-1] != weight.shape[1]:
                     raise ValueError(
                         f"the teacher's hidden has shape {list(hidden.shape)}; its last size must be its head's "

@@ -12,6 +12,7 @@ from potstill import divergences, ops  # noqa: F401  ops registers torch.ops.pot
 from potstill.arguments import REDUCTIONS, Call, check_choice, check_temperature, promote
 from potstill.divergences import Divergence
 from potstill.mixtures import Teacher
+from potstill.parts_arguments import check_parts, shard_arguments
 from potstill.row_losses import RowLoss
 from potstill.rows import TAILS, Side
 from potstill.teachers import Head, describe
@@ -45,7 +46,8 @@ def linear_distill_loss(
     Row i of every argument predicts the same next token: nothing is shifted here.
 
     student_hidden: [..., D] fp64, fp32, bf16 or fp16.
-    student_head: Head, or its weight [V, D].
+    student_head: Head, or its weight [V, D]. With one shard of the vocabulary, every process of its group makes the call
+        with the same rows; each gets the same loss, the whole gradient of student_hidden and that of its own shard.
     teacher: HiddenTeacher, LogitsTeacher, TopK, Mix or Masked with the same leading shape; None with distill_weight=0.
         Never receives a gradient (but a soft mask's bounds do).
     labels: [...] int64, the next token of each row. Rows equal to `ignore_index` are left out of everything.
@@ -66,7 +68,9 @@ def linear_distill_loss(
         `counts`), each weighted by its share of the draws over its probability, so that value and gradient are unbiased
         for divergences that vanish where p = 0 (arXiv:2503.16870); for draws at another temperature, consistent.
     chunk_rows: rows of the logit buffer; None chooses from a byte budget.
-    low_memory: keep no gradient between forward and backward; the backward computes the chunks again.
+    low_memory: the vocabulary in tiles, computed again for each step and in backward: a peak that grows neither with V
+        nor with chunk_rows x V, for one more student product (two with a dense teacher). For teachers that are a
+        HiddenTeacher, a LogitsTeacher or a TopK, and divergences that are sums.
     precise: 16-bit inputs: never round logits to 16 bits, where the device would (see docs/precision.md).
     return_metrics: True also returns {"distill", "ce"}: detached, unweighted parts, reduced as the loss is. Names of
         potstill.metrics ("kl", "acceptance", ...) add those, each for one more pass over the logits.
@@ -79,7 +83,7 @@ def linear_distill_loss(
     Raises TypeError or ValueError naming the argument, what it was and what is accepted. A second derivative raises.
     """
     head = student_head if isinstance(student_head, Head) else Head(student_head)
-    hidden, weight, bias = promote(student_hidden, head)
+    hidden, weight, bias = promote(student_hidden, head, shard=True)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"student_hidden has shape {list(hidden.shape)}; its last size must be the head's D = {weight.shape[1]}"
@@ -89,11 +93,19 @@ def linear_distill_loss(
         teacher_temperature=teacher_temperature, tail=tail, scale_by_t2=scale_by_t2, distill_weight=distill_weight,
         ce_weight=ce_weight, token_weights=token_weights, ignore_index=ignore_index, reduction=reduction,
         num_items=num_items, return_metrics=return_metrics, backend=backend, chunk_rows=chunk_rows, precise=precise,
+        shard=None if head.group is None else head,
     )  # fmt: skip
     grad = torch.is_grad_enabled()
     want = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, call.bounds)]
     student = hidden.reshape(-1, hidden.shape[-1]), weight, bias
-    if reduction == "none" or low_memory:
+    if low_memory or head.group is not None:
+        check_parts(call, teacher, low_memory)
+        how = shard_arguments(head, low_memory)
+        rows, parts, *_ = torch.ops.potstill.linear_distill_parts(
+            *student, *call.arguments(call.live()), *how, *want[:3]
+        )
+        return call.finish(rows, parts)
+    if reduction == "none":
         rows, parts = torch.ops.potstill.linear_distill_rows(*student, *call.arguments(call.live()), *want)
         return call.finish(rows, parts)
     loss, parts, *_ = torch.ops.potstill.linear_distill(*student, *call.arguments(call.coef), *want)

@@ -34,6 +34,10 @@ class Head:
     `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`.
     vocab_size: entries from this row on are padding of the matrix, get no probability mass and gradient 0.
 
+    One shard of a head that is cut along the vocabulary over processes: `weight` and `bias` are its rows, `vocab_start`
+    the id of the first of them, `group` the torch.distributed group that holds the others, `vocab_size` the size of the
+    whole vocabulary. The shards follow each other without gap or overlap, and may differ in size.
+
     Raises ValueError on shapes that do not fit, TypeError on a sharded (DTensor) or non-floating weight.
     """
 
@@ -42,6 +46,8 @@ class Head:
     logit_scale: float = field(default=1.0, kw_only=True)
     softcap: float | None = field(default=None, kw_only=True)
     vocab_size: int | None = field(default=None, kw_only=True)
+    vocab_start: int | None = field(default=None, kw_only=True)
+    group: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         w = self.weight
@@ -49,12 +55,12 @@ class Head:
             raise TypeError(f"Head weight must be a floating-point tensor [V, D], not {describe(w)}")
         if type(w).__name__ == "DTensor" or (self.bias is not None and type(self.bias).__name__ == "DTensor"):
             raise TypeError(
-                "Head weight or bias is a sharded DTensor; gather it first: Head(weight.full_tensor(), ...)"
+                "Head weight or bias is a sharded DTensor; gather it with potstill.distributed.materialized_head(model)"
             )
         if w.dim() != 2 or 0 in w.shape:
             raise ValueError(
                 f"Head weight has shape {list(w.shape)}; it must be [V, D] with V, D > 0 (an empty weight is usually "
-                "a ZeRO-3 or FSDP shard: gather the parameter first)"
+                "a ZeRO-3 or FSDP shard: gather it with potstill.distributed.materialized_head(model))"
             )
         if self.bias is not None and (self.bias.shape != w.shape[:1] or self.bias.dtype != w.dtype):
             raise ValueError(
@@ -64,7 +70,35 @@ class Head:
             raise ValueError(f"logit_scale={self.logit_scale} must be finite and not 0")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"softcap={self.softcap} must be positive and finite, or None for no softcap")
-        object.__setattr__(self, "vocab_size", _check_vocab_size(self.vocab_size, w.shape[0], "the head's weight"))
+        if self.group is None and self.vocab_start is None:
+            object.__setattr__(self, "vocab_size", _check_vocab_size(self.vocab_size, w.shape[0], "the head's weight"))
+        else:
+            self._check_shard()
+
+    def _check_shard(self) -> None:
+        given = {"vocab_size": self.vocab_size, "vocab_start": self.vocab_start, "group": self.group}
+        if missing := [name for name, value in given.items() if value is None]:
+            raise ValueError(
+                f"a shard of a head needs the whole vocabulary's vocab_size, vocab_start and group; {missing[0]} is None"
+            )
+        assert self.vocab_size is not None and self.vocab_start is not None
+        if self.vocab_size < 1 or self.vocab_start < 0:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} and vocab_start={self.vocab_start} of a shard: the whole vocabulary has at "
+                "least one entry, and its ids start at 0"
+            )
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise ValueError("Head got a group, but torch.distributed is not initialised: call init_process_group")
+        if distributed.get_rank(self.group) < 0:
+            raise ValueError("Head got a group that this process is not in; give each process the group of its shards")
+
+    @property
+    def real_rows(self) -> int:
+        """Rows of the weight that are no padding."""
+        assert self.vocab_size is not None
+        return min(max(self.vocab_size - (self.vocab_start or 0), 0), self.weight.shape[0])
 
     @property
     def side(self) -> Side:

@@ -53,7 +53,7 @@ def task_of(args: tuple[Any, ...], lead: int) -> Task:
     return Task(teacher, numbers, plan, bounds, coef, labels, spec, tuple(names.split(",")) if names else (), *how)
 
 
-def _weighed(parts: Tensor, spec: RowSpec) -> Tensor:
+def weighed(parts: Tensor, spec: RowSpec) -> Tensor:
     """Row losses [N]: an unweighted part is left out, so that an infinity in it stays out."""
     loss = spec.distill_weight * parts[0] if spec.distill_weight else torch.zeros_like(parts[0])
     return loss + spec.ce_weight * parts[1] if spec.ce_weight else loss
@@ -62,14 +62,14 @@ def _weighed(parts: Tensor, spec: RowSpec) -> Tensor:
 def linear_distill(*args: Any) -> tuple[Tensor, ...]:
     task = task_of(args, 3)
     parts, *grads = linear_rows(args[0], args[1], args[2], task, Wanted(*args[-4:]))
-    loss = torch.where(task.coef != 0, task.coef * _weighed(parts, task.spec), 0.0).sum()
+    loss = torch.where(task.coef != 0, task.coef * weighed(parts, task.spec), 0.0).sum()
     return (loss, parts, *grads)
 
 
 def linear_distill_rows(*args: Any) -> tuple[Tensor, Tensor]:
     task = task_of(args, 3)
     parts = linear_rows(args[0], args[1], args[2], task, Wanted())[0]
-    return _weighed(parts, task.spec), parts
+    return weighed(parts, task.spec), parts
 
 
 def linear_distill_rows_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ def linear_distill_rows_backward(*args: Any) -> tuple[Tensor, ...]:
 def distill_rows(*args: Any) -> tuple[Tensor, Tensor]:
     task = task_of(args, 1)
     parts = logits_rows(args[0], task, Wanted())[0]
-    return _weighed(parts, task.spec), parts
+    return weighed(parts, task.spec), parts
 
 
 def distill_rows_backward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -169,7 +169,7 @@ def _backward_linear_distill(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[An
     return tuple(out)
 
 
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors: list[Tensor] = []
     kept: list[Any] = []  # an input, or where its tensors are among the saved ones
     for x in inputs:
@@ -186,7 +186,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.kept, ctx.none = kept, _no_gradients(inputs)
 
 
-def _rows_arguments(ctx: Any, grad: Tensor, lead: int) -> list[Any]:
+def rows_arguments(ctx: Any, grad: Tensor, lead: int) -> list[Any]:
     """The saved inputs with coef multiplied by the incoming gradient of each row."""
     saved = ctx.saved_tensors
     args: list[Any] = []
@@ -203,7 +203,7 @@ def _rows_arguments(ctx: Any, grad: Tensor, lead: int) -> list[Any]:
 def _backward_linear_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     out = list(ctx.none)
     if grad is not None:
-        args = _rows_arguments(ctx, grad, 3)
+        args = rows_arguments(ctx, grad, 3)
         grads = torch.ops.potstill.linear_distill_rows_backward(*args)
         for place, gradient, wanted in zip((0, 1, 2, 3 + BOUNDS), grads, args[-4:], strict=True):
             if wanted:
@@ -214,7 +214,7 @@ def _backward_linear_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tup
 def _backward_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     out = list(ctx.none)
     if grad is not None and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1 + BOUNDS]):
-        args = _rows_arguments(ctx, grad, 1)
+        args = rows_arguments(ctx, grad, 1)
         out[0], d_bounds = torch.ops.potstill.distill_rows_backward(*args)
         if args[-1]:
             out[1 + BOUNDS] = d_bounds
@@ -223,9 +223,9 @@ def _backward_distill_rows(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any,
 
 AUTOGRAD: dict[str, tuple[Any, Any]] = {
     "linear_distill": (_backward_linear_distill, _save_linear_distill),
-    "linear_distill_rows": (_backward_linear_distill_rows, _save_rows),
+    "linear_distill_rows": (_backward_linear_distill_rows, save_rows),
     "linear_distill_rows_backward": (no_second_derivative, None),
-    "distill_rows": (_backward_distill_rows, _save_rows),
+    "distill_rows": (_backward_distill_rows, save_rows),
     "distill_rows_backward": (no_second_derivative, None),
     "scale_gradients": (no_second_derivative, None),
 }
