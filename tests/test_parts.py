@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
-from potstill import chunked, divergences, parts
-from potstill.chunked import TeacherRows, Wanted
+from potstill import divergences, parts
+from potstill.chunked import Wanted
 from potstill.parts_inputs import PartTeacher, Shard
 from potstill.rows import TAILS, RowSpec, Side
+
+from .whole_rows import whole_rows
 
 N, D, DT, V, PADDED, K = 13, 8, 6, 101, 107, 7
 WANT = Wanted(True, True, True)
@@ -49,10 +51,8 @@ class Rows:
         )
 
     def whole(self, form, spec, rows=5, backend="torch"):
-        return chunked.linear_rows(
-            self.hidden, self.weight, self.bias, TeacherRows(**self.teacher(form)), self.coef, self.labels, spec, WANT,
-            rows, False, backend,
-        )  # fmt: skip
+        teacher = dict(self.teacher(form), weights=self.weights if form == "sampled" else None)
+        return whole_rows(self.hidden, self.weight, self.bias, teacher, self.coef, self.labels, spec, rows, backend)
 
     def tiled(self, form, spec, rows=5, backend="torch", tiled=True):
         teacher = PartTeacher(**self.teacher(form), weights=self.weights if form == "sampled" else None)
@@ -101,23 +101,11 @@ def test_any_tile_and_chunk(tile, monkeypatch):
 
 @pytest.mark.parametrize("name", ["forward_kl", "k1", "k2", "k3"])
 def test_sampled_entries(name, monkeypatch):
-    """Weighted sampled tokens against autograd over the whole vocabulary, which chunked does not take yet."""
     rows = Rows()
     monkeypatch.setattr(parts, "CPU_TILE", 30)
     spec = spec_for("sampled", name, 1.0, 0.5)
-    got = rows.tiled("sampled", spec, backend="auto")
-    live = rows.coef != 0
-    leaves = [x.clone().requires_grad_() for x in (rows.hidden, rows.weight, rows.bias)]
-    lq = (leaves[0][live] @ leaves[1].T + leaves[2])[:, :V].log_softmax(-1)
-    at, given = rows.ids[live].clamp(min=0), rows.ids[live] >= 0
-    lp = torch.where(given, rows.log_probs[live], 0.0)
-    term = spec.divergence.formula(lp, lq.gather(1, at), *spec.divergence.values)[0]
-    value = torch.where(given, rows.weights[live] * term, 0.0).sum(-1)
-    ce = -lq.gather(1, rows.labels[live][:, None])[:, 0]
-    torch.testing.assert_close(got[0][:, live], torch.stack([value, ce]))
-    loss = (rows.coef[live] * (0.6 * value + 0.5 * ce)).sum()
-    for a, b in zip(got[1:], torch.autograd.grad(loss, leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for a, b in zip(rows.tiled("sampled", spec, backend="auto"), rows.whole("sampled", spec), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_cross_entropy_alone(monkeypatch):

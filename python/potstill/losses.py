@@ -46,7 +46,7 @@ def linear_distill_loss(
     Row i of every argument predicts the same next token: nothing is shifted here.
 
     student_hidden: [..., D] fp64, fp32, bf16 or fp16.
-    student_head: Head, or its weight [V, D]. With one shard of the vocabulary, every process of its group makes the call
+    student_head: Head, or its weight [V, D]. With a shard of the vocabulary every process of its group makes the call,
         with the same rows; each gets the same loss, the whole gradient of student_hidden and that of its own shard.
     teacher: HiddenTeacher, LogitsTeacher, TopK, Mix or Masked with the same leading shape; None with distill_weight=0.
         Never receives a gradient (but a soft mask's bounds do).

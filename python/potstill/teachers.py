@@ -79,13 +79,13 @@ class Head:
         given = {"vocab_size": self.vocab_size, "vocab_start": self.vocab_start, "group": self.group}
         if missing := [name for name, value in given.items() if value is None]:
             raise ValueError(
-                f"a shard of a head needs the whole vocabulary's vocab_size, vocab_start and group; {missing[0]} is None"
+                f"a shard of a head needs vocab_start, group, and the whole vocab_size; {missing[0]} is None"
             )
         assert self.vocab_size is not None and self.vocab_start is not None
         if self.vocab_size < 1 or self.vocab_start < 0:
             raise ValueError(
-                f"vocab_size={self.vocab_size} and vocab_start={self.vocab_start} of a shard: the whole vocabulary has at "
-                "least one entry, and its ids start at 0"
+                f"vocab_size={self.vocab_size}, vocab_start={self.vocab_start}: a shard is part of a vocabulary of at least "
+                "one entry, whose ids start at 0"
             )
         from torch import distributed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # the processes import their work by name
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # processes import their work by name
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from potstill import chunked, divergences, parts
-from potstill.chunked import TeacherRows, Wanted
+from potstill import divergences, parts
+from potstill.chunked import Wanted
 from potstill.parts_inputs import PartTeacher, Shard
 from potstill.rows import TAILS, RowSpec, Side
+from whole_rows import whole_rows
 
 N, D, DT, V, K = 11, 8, 6, 101, 9
 NAMES = ("forward_kl", "jsd", "renyi", "total_variation")
@@ -36,11 +37,11 @@ def engine(rank: int, world: int) -> None:
     want = Wanted(True, True, True)
     sparse = dict(ids=ids, log_probs=log_probs)
     forms = {
-        "hidden": (TeacherRows(hidden=t_hidden, weight=t_weight), PartTeacher(hidden=t_hidden, weight=t_weight[a:b])),
-        "logits": (TeacherRows(logits=logits), PartTeacher(logits=logits[:, a:b])),
-        "bucket": (TeacherRows(**sparse, log_rest=log_rest), PartTeacher(**sparse, log_rest=log_rest)),
-        "renormalize": (TeacherRows(**sparse), PartTeacher(**sparse)),
-        "drop": (TeacherRows(**sparse), PartTeacher(**sparse)),
+        "hidden": (dict(hidden=t_hidden, weight=t_weight), dict(hidden=t_hidden, weight=t_weight[a:b])),
+        "logits": (dict(logits=logits), dict(logits=logits[:, a:b])),
+        "bucket": (dict(**sparse, log_rest=log_rest),) * 2,
+        "renormalize": (sparse, sparse),
+        "drop": (sparse, sparse),
     }
     group = dist.group.WORLD.group_name
     for name in NAMES:
@@ -53,12 +54,10 @@ def engine(rank: int, world: int) -> None:
                 d, Side(V, 1.2, 9.0), Side(V) if dense else None, form if form in TAILS else "bucket",
                 2.0 if dense else 1.0, 0.7, 0.4,
             )  # fmt: skip
-            expected = chunked.linear_rows(
-                hidden, weight, bias, whole, coef, labels, spec, want, 4, False, "auto"
-            )  # fmt: skip
+            expected = whole_rows(hidden, weight, bias, whole, coef, labels, spec, 4)
             for tiled in (False, True):
                 parts.CPU_TILE = 13
-                args = (hidden, weight[a:b], bias[a:b], part, coef, labels)
+                args = (hidden, weight[a:b], bias[a:b], PartTeacher(**part), coef, labels)
                 shard = Shard(V, a, group, tiled)
                 out, stats, entries = parts.linear_parts(*args, spec, shard, 4, False, "auto")
                 same = [torch.empty_like(out) for _ in range(world)]

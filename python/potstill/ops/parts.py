@@ -59,26 +59,28 @@ def teacher_of(task: Task, start: int) -> tuple[PartTeacher, RowSpec]:
     return teacher, replace(task.spec, teacher=side(numbers))
 
 
-def _call(args: tuple[Any, ...]) -> tuple[Task, tuple[Any, ...], tuple[Any, ...]]:
-    """(task, the engine's arguments before the spec, those from it on) of linear_distill_parts."""
+def _call(args: tuple[Any, ...]) -> tuple[Task, dict[str, Any]]:
+    """The task and the engine's arguments, of linear_distill_parts' arguments."""
     task = task_of(args, 3)
     start, group, tiled = args[-N_AFTER:][:3]
     teacher, spec = teacher_of(task, start)
     shard = Shard(spec.student.vocab_size, start, group, tiled)
-    return task, (*args[:3], teacher, task.coef, task.labels), (spec, shard)
+    given: dict[str, Any] = dict(zip(("hidden", "weight", "bias"), args[:3], strict=True))
+    return task, given | dict(
+        teacher=teacher, coef=task.coef, labels=task.labels, spec=spec, shard=shard, rows=task.rows,
+        precise=task.precise, backend=task.backend,
+    )  # fmt: skip
 
 
 def linear_distill_parts(*args: Any) -> tuple[Tensor, ...]:
-    task, tensors, how = _call(args)
-    parts, stats, entries = linear_parts(*tensors, *how, task.rows, task.precise, task.backend)
+    task, call = _call(args)
+    parts, stats, entries = linear_parts(**call)
     return weighed(parts, task.spec), parts, stats, entries
 
 
 def linear_distill_parts_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args_, stats, entries = args
-    task, tensors, how = _call(tuple(args_))
-    want = Wanted(*args_[-3:])
-    return linear_parts_backward(*tensors, stats, entries, *how, want, task.rows, task.precise, task.backend)
+    *own, stats, entries = args
+    return linear_parts_backward(**_call(tuple(own))[1], stats=stats, entries=entries, want=Wanted(*own[-3:]))
 
 
 def _fake_parts(*args: Any) -> tuple[Tensor, ...]:
@@ -121,12 +123,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return tuple(out)
 
 
-register(
-    Op("linear_distill_parts", SCHEMAS["linear_distill_parts"], linear_distill_parts, _fake_parts, _backward, _save)
+ENTRIES = (
+    (linear_distill_parts, _fake_parts, _backward, _save),
+    (linear_distill_parts_backward, _fake_backward, no_second_derivative, None),
 )
-register(
-    Op(
-        "linear_distill_parts_backward", SCHEMAS["linear_distill_parts_backward"], linear_distill_parts_backward,
-        _fake_backward, no_second_derivative, None,
-    )
-)  # fmt: skip
+for _run, *_rest in ENTRIES:
+    register(Op(_run.__name__, SCHEMAS[_run.__name__], _run, *_rest))
