@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,17 +54,20 @@ class Rule:
 _asked: WeakKeyDictionary[Any, tuple[Any, Rule]] = WeakKeyDictionary()
 
 
-def head_of(model: Any, *, vocab_size: int | None = None, hidden: str | None = None, check: bool = True) -> Any:
-    """potstill.Head of a Hugging Face model; the contract is Head.from_model's."""
+def head_of(
+    model: Any, *, vocab_size: int | None = None, hidden: str | None = None, check: bool = True,
+    whole: Callable[[Any], Tensor] = lambda parameter: parameter,
+) -> Any:  # fmt: skip
+    """potstill.Head of a Hugging Face model; the contract is Head.from_model's. `whole` gathers its parameters."""
     from potstill.teachers import Head
 
     name = type(model).__name__
     if hidden not in HIDDEN:
         raise ValueError(f"hidden={hidden!r} is not known; known are {', '.join(map(repr, HIDDEN))}")
     module = output_projection(model)
-    rule = checked_rule(model, module) if check else next(proposals(model))
+    rule = checked_rule(model, module) if check else remembered_rule(model)
     scale = rule.scale
-    bias: Tensor | None = module.bias
+    bias: Tensor | None = None if module.bias is None else whole(module.bias)
     if hidden != "head_input" and rule.pre_scale != 1.0:
         scale = scale * _pre_scale(name, rule, hidden, bias)
     if rule.extra_bias:
@@ -73,7 +76,7 @@ def head_of(model: Any, *, vocab_size: int | None = None, hidden: str | None = N
         bias = extra.to(module.weight.dtype) if bias is None else bias + extra.to(bias.dtype)
     if vocab_size is None and rule.columns is not None and rule.columns < len(module.weight):
         vocab_size = rule.columns
-    return Head(module.weight, bias, logit_scale=scale, softcap=rule.softcap, vocab_size=vocab_size)
+    return Head(whole(module.weight), bias, logit_scale=scale, softcap=rule.softcap, vocab_size=vocab_size)
 
 
 def _pre_scale(name: str, rule: Rule, hidden: str | None, bias: Tensor | None) -> float:
@@ -149,6 +152,13 @@ def checked_rule(model: Any, module: nn.Linear) -> Rule:
         known = key, _ask(model, module, key[0])
         _asked[model] = known
     return known[1]
+
+
+def remembered_rule(model: Any) -> Rule:
+    """What was found when the model was asked (sharding it since changes nothing), else the usual meaning."""
+    usual = list(proposals(model))
+    known = _asked.get(model)
+    return known[1] if known is not None and known[0][0] == usual else usual[0]
 
 
 def _ask(model: Any, module: nn.Linear, rules: list[Rule]) -> Rule:

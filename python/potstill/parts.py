@@ -43,6 +43,7 @@ class Parts:
         cpu = device.type == "cpu"
         dtype = gemm.plan(device, hidden.dtype, precise).logit_dtype
         real = min(max(shard.vocab_size - shard.start, 0), len(weight))
+        self.real = real
         width = min(real, CPU_TILE if cpu else CUDA_TILE) if shard.tiled else real
         if not rows and shard.tiled:
             rows = CPU_ROWS if cpu else CUDA_ROWS
@@ -94,7 +95,7 @@ class Parts:
         self.parts = torch.zeros(2, n, dtype=self.wide, device=device)
         self.stats = torch.zeros(5, n, dtype=f64, device=device)
         self.entries = torch.zeros(self.ids.shape, dtype=self.wide, device=device)
-        at_once = [self.chunks] if self.shard.tiled else [[chunk] for chunk in self.chunks]
+        at_once = [self.chunks] * bool(self.chunks) if self.shard.tiled else [[chunk] for chunk in self.chunks]
         for chunks in at_once:
             at: Rows = slice(0, n) if self.shard.tiled else chunks[0][1]
             for tile in self.tiles:
@@ -140,7 +141,8 @@ class Parts:
         """Combine step 1 over the processes."""
         if self.group.size == 1:
             return
-        every = self.group.gather(torch.cat([self.lses, self.at_label[None]])[:, at])
+        rows = torch.cat([self.lses, self.at_label[None]])[:, at]
+        every = self.group.gather_shards(rows, self.shard, self.real)
         self.lses[:, at], self.at_label[at] = every[:, :3].logsumexp(0), every[:, 3].sum(0)
         if self.ids.shape[1]:
             self.found[at] = self.group.sum_(self.found[at].contiguous())

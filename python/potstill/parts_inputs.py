@@ -11,6 +11,7 @@ from torch import Tensor
 from potstill import gemm
 
 Rows = Tensor | slice
+CHECKED: set[tuple[str, int, int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Group:
     """The processes that hold the other shards; every collective gives all of them the same bits."""
 
     def __init__(self, name: str):
+        self.name, self.size = name, 1
         self.group: Any = None
-        self.size = 1
         if name:
             from torch.distributed import distributed_c10d, get_world_size
 
@@ -65,11 +66,37 @@ class Group:
         torch.distributed.all_gather(found, x.contiguous(), group=self.group)
         return torch.stack(found)
 
+    def gather_shards(self, x: Tensor, shard: Shard, rows: int) -> Tensor:
+        """x [S, R] fp64 of every process: [size, S, R]. Where its shard lies goes with it; checked once."""
+        stop = shard.start + rows
+        bounds = torch.tensor([[shard.start], [stop]], dtype=x.dtype, device=x.device).expand(2, x.shape[1])
+        every = self.gather(torch.cat([x, bounds]))
+        key = (self.name, shard.vocab_size, shard.start, stop)
+        if key not in CHECKED:  # looks at the numbers: a synchronisation, so not at every call
+            check_shards([(int(a), int(b)) for a, b in every[:, -2:, 0].tolist()], shard.vocab_size)
+            CHECKED.add(key)
+        return every[:, :-2]
+
     def sum_(self, x: Tensor) -> Tensor:
         """x becomes the sum over the processes."""
         if self.group is not None:
             torch.distributed.all_reduce(x, group=self.group)
         return x
+
+
+def check_shards(shards: list[tuple[int, int]], vocab_size: int) -> None:
+    """Raise ValueError unless the ids [start, stop) of all processes are the vocabulary, each id once."""
+    at = 0
+    for start, stop in sorted(s for s in shards if s[0] < s[1]):
+        if start != at:
+            break
+        at = stop
+    else:
+        if at == vocab_size:
+            return
+    raise ValueError(
+        f"the shards hold the ids [start, stop) {shards} by rank; they must be 0..{vocab_size - 1}, each id once"
+    )
 
 
 class Projection:

@@ -84,8 +84,8 @@ class Head:
         assert self.vocab_size is not None and self.vocab_start is not None
         if self.vocab_size < 1 or self.vocab_start < 0:
             raise ValueError(
-                f"vocab_size={self.vocab_size}, vocab_start={self.vocab_start}: a shard is part of a vocabulary of at least "
-                "one entry, whose ids start at 0"
+                f"vocab_size={self.vocab_size}, vocab_start={self.vocab_start}: a shard is part of a vocabulary of one "
+                "entry or more, whose ids start at 0"
             )
         from torch import distributed
 

@@ -1,0 +1,15 @@
+"""Data-parallel heads in shards (FSDP2), gathered once a step: loss and gradients equal to one process."""
+
+from __future__ import annotations
+
+import head_work
+import pytest
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_pitfall_33_a_sharded_head_trains_and_evaluates(world, in_processes):
+    in_processes(world, head_work.fsdp2)
+
+
+def test_data_parallel_with_one_denominator(in_processes):
+    in_processes(2, head_work.ddp)
