@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import potstill as ps
 import pytest
 import torch
 from potstill import divergences, parts
+from potstill.arguments import Call
 from potstill.chunked import Wanted
 from potstill.parts_inputs import PartTeacher, Shard
 from potstill.rows import TAILS, RowSpec, Side
+from torch.library import opcheck
 
 from .whole_rows import whole_rows
 
@@ -154,3 +161,87 @@ def test_a_weights_gradient_is_summed_in_fp32_over_chunks():
         grads[rows] = parts.linear_parts_backward(*args, stats, entries, spec, shard, WANT, rows, False, "auto")[1]
     torch.testing.assert_close(grads[1], grads[512], rtol=1e-2, atol=1e-6)
     assert ((grads[1] - grads[512]).float().norm() / grads[512].float().norm()).item() < 1e-3
+
+
+# ---- the public loss
+
+
+def low_memory(hidden, weight, bias, teacher, labels, **words):
+    head = ps.Head(weight, bias, softcap=7.0, logit_scale=0.8, vocab_size=V)
+    return ps.linear_distill_loss(hidden, head, teacher, labels, low_memory=True, chunk_rows=4, **words)
+
+
+@pytest.mark.parametrize("form", ["hidden", "topk", "none"])
+def test_gradcheck_of_low_memory(form, monkeypatch):
+    monkeypatch.setattr(parts, "CPU_TILE", 23)
+    rows = Rows()
+    live = rows.coef != 0
+    teacher = {
+        "hidden": ps.HiddenTeacher(rows.t_hidden[live], ps.Head(rows.t_weight, rows.t_bias, vocab_size=V)),
+        "topk": ps.topk(rows.logits[live][:, :V], K),
+        "none": None,
+    }[form]
+    leaves = [x.clone().requires_grad_() for x in (rows.hidden[live], rows.weight, rows.bias)]
+    for reduction, name in (("mean", "forward_kl"), ("none", "jsd"), ("mean", "renyi")):
+        words = dict(divergence=name, ce_weight=0.3, reduction=reduction, distill_weight=float(form != "none"))
+        torch.autograd.gradcheck(
+            lambda *x, words=words: low_memory(*x, teacher, rows.labels[live], **words),
+            leaves,
+            fast_mode=True,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("form", ["hidden", "topk", "none"])
+def test_opcheck_and_compile(form):
+    hidden, weight = torch.randn(6, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    logits, labels = torch.randn(6, V), torch.randint(0, V, (6,))
+    labels[2] = -100
+    teacher = {
+        "hidden": ps.HiddenTeacher(torch.randn(6, DT), ps.Head(torch.randn(V, DT))), "topk": ps.topk(logits, K),
+        "none": None,
+    }[form]  # fmt: skip
+    call = Call(
+        hidden.shape[:1], hidden, Side(V), teacher, labels, divergence="jsd", temperature=1.0,
+        teacher_temperature=None, tail="bucket", scale_by_t2=False, distill_weight=float(form != "none"),
+        ce_weight=0.3, token_weights=None, ignore_index=-100, reduction="sum", num_items=None, return_metrics=False,
+        backend="auto", chunk_rows=4, precise=False,
+    )  # fmt: skip
+    op = torch.ops.potstill.linear_distill_parts.default
+    opcheck(op, (hidden, weight, None, *call.arguments(call.live()), 0, "", True, True, True, False))
+
+    def loss(h, w):
+        return ps.linear_distill_loss(
+            h, w, teacher, labels, ce_weight=0.3, distill_weight=float(form != "none"), low_memory=True
+        )
+
+    a, b = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight), loss(hidden, weight)
+    torch.testing.assert_close(a, b)
+    for x, y in zip(torch.autograd.grad(a, (hidden, weight)), torch.autograd.grad(b, (hidden, weight)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_low_memory_refuses_what_needs_whole_rows():
+    hidden, weight, teacher = torch.randn(6, D), torch.randn(V, D), ps.LogitsTeacher(torch.randn(6, V))
+    words = dict(low_memory=True)
+    with pytest.raises(ValueError, match="low_memory=True takes.*not a Mix; leave low_memory out"):
+        ps.linear_distill_loss(hidden, weight, ps.Mix([(0.5, ps.Student()), (0.5, teacher)]), **words)
+    with pytest.raises(ValueError, match="sums, not 'adaptive_kl'"):
+        ps.linear_distill_loss(hidden, weight, teacher, divergence="adaptive_kl", **words)
+    with pytest.raises(ValueError, match="'distill' and 'ce' only, not 'acceptance'"):
+        ps.linear_distill_loss(hidden, weight, teacher, return_metrics=("acceptance",), **words)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        h = hidden.clone().requires_grad_()
+        (g,) = torch.autograd.grad(ps.linear_distill_loss(h, weight, teacher, **words), h, create_graph=True)
+        g.sum().backward()
+
+
+def test_the_peak_grows_neither_with_the_rows_nor_with_the_vocabulary():
+    """Peak resident bytes beyond the inputs; outputs are 3 MB, the default path's two buffers of 512 x V 400 MB."""
+    script = Path(__file__).with_name("peak_work.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    small, wide, tall, default = (x / 2**20 for x in json.loads(done.stdout))
+    assert small < 60, "two tiles of 512 x 4096 are 16 MB"
+    assert wide < small + 15 and tall < small + 15, (small, wide, tall)
+    assert default > 5 * wide, (default, wide)

@@ -36,7 +36,7 @@ def run(folder: Path, world: int, work: Callable[..., None], *arguments: Any) ->
     `work` is imported by name in the processes; they are forked from a server that has torch and no autograd threads.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "potstill.losses"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "potstill.losses"])
     processes = [
         context.Process(target=worker, args=(rank, world, str(folder), work, arguments)) for rank in range(world)
     ]
