@@ -18,7 +18,9 @@ from potstill.teachers import Head
 
 
 @contextlib.contextmanager
-def materialized_head(model: Any, *, vocab_size: int | None = None, dtype: torch.dtype | None = None) -> Iterator[Head]:
+def materialized_head(
+    model: Any, *, vocab_size: int | None = None, hidden: str | None = None, dtype: torch.dtype | None = None
+) -> Iterator[Head]:
     """`Head.from_model(model)` where FSDP2 or ZeRO-3 may have left the head in shards, tied to the embedding or not.
 
     with materialized_head(model) as head:
@@ -31,7 +33,8 @@ def materialized_head(model: Any, *, vocab_size: int | None = None, dtype: torch
     What the model applies to its logits is not asked of the sharded model: call `Head.from_model(model)` once before it
     is sharded, and what it finds is remembered; otherwise the usual meaning of the configuration is taken.
 
-    vocab_size, hidden: as for Head.from_model.  dtype: of the gathered copy; the dtype of the hidden states under FSDP2's mixed precision.
+    vocab_size, hidden: as for Head.from_model.
+    dtype: of the gathered copy; the dtype of the hidden states under FSDP2's mixed precision.
 
     Raises ValueError for a weight that is cut along more than one dimension of a device mesh (tensor parallelism).
     """
