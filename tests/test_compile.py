@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 V, D = 33, 8
 FORMS = ("hidden", "logits", "topk", "mix", "masked")
+WHOLE_ROWS = ("mix", "masked")
 TEACHER_WEIGHT = torch.randn(V, 4, generator=torch.Generator().manual_seed(5))
 
 
@@ -105,6 +106,8 @@ def test_a_length_marked_dynamic_compiles_once(form):
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_options_under_compile(form, words):
+    if "low_memory" in words and form in WHOLE_ROWS:
+        pytest.skip("low_memory refuses targets that need whole rows")
     torch._dynamo.reset()
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
 
@@ -156,6 +159,8 @@ def test_opcheck_every_operator():
     with recorder:
         for form in FORMS:
             for words in (dict(), dict(reduction="none"), dict(divergence="jsd", low_memory=True)):
+                if "low_memory" in words and form in WHOLE_ROWS:
+                    continue
                 args = inputs(form, 6)
                 (3 * linear(form, *args, **words)).sum().backward(retain_graph=True)
                 if "low_memory" not in words:
