@@ -125,6 +125,7 @@ def test_inductor(form="topk"):
 
 INSIDE_BACKWARD = (
     "token_logprobs_backward",
+    "linear_distill_parts_backward",
     "linear_distill_rows_backward",
     "distill_rows_backward",
     "scale_gradients",

@@ -111,6 +111,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     *_, stats, entries = output
     save_rows(ctx, (*inputs, stats, entries), output)
     ctx.none = ctx.none[:-2]
+    ctx.mark_non_differentiable(stats, entries)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
