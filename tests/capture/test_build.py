@@ -18,6 +18,21 @@ def rows(cache, key):
     return [np.asarray(a) for a in cache.numpy(key)]
 
 
+def test_a_build_records_the_rest_at_other_temperatures(model, tokenizer, corpus, tmp_path):
+    out = tmp_path / "c"
+    build(
+        model, tokenizer, open_text(corpus), out, k=8, length=48, values="fp32", temperatures=(1.0, 2.0), batch_size=4
+    )
+    cache = ps.cache.open(out)
+    sequence = cache[cache.keys()[0]]
+    tokens = np.array(sequence.tokens)
+    with torch.no_grad():
+        z = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0] / 2
+    inside = torch.zeros_like(z, dtype=torch.bool).scatter_(1, torch.as_tensor(sequence.topk.ids).long(), True)
+    expected = z.log_softmax(-1).masked_fill(inside, -float("inf")).logsumexp(-1)
+    torch.testing.assert_close(torch.as_tensor(sequence.topk.log_rest_at[2.0]), expected, atol=1e-4, rtol=1e-4)
+
+
 def assert_same_content(a, b):
     """Equal rows under equal keys; entries of equal log-probability may stand in another order."""
     assert sorted(a.keys()) == sorted(b.keys())
@@ -33,7 +48,9 @@ def in_order(tokens, ids, log_probs, log_rest):
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_rows_are_the_teachers_next_token_distributions(model, tokenizer, corpus, tmp_path, pack):
-    report = build(model, tokenizer, open_text(corpus), tmp_path / "c", k=300, length=48, pack=pack, batch_size=4)
+    report = build(
+        model, tokenizer, open_text(corpus), tmp_path / "c", k=300, length=48, pack=pack, batch_size=4, values="fp16"
+    )
     cache = ps.cache.open(tmp_path / "c")
     want = {s.key: s.tokens for s in token_sequences(open_text(corpus), tokenizer, length=48, pack=pack)}
     assert sorted(cache.keys()) == sorted(want) and cache.verify().ok
@@ -44,8 +61,7 @@ def test_rows_are_the_teachers_next_token_distributions(model, tokenizer, corpus
         with torch.no_grad():
             exact = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].log_softmax(-1)
         dense = torch.zeros_like(exact).scatter(-1, torch.from_numpy(ids).long(), torch.from_numpy(log_probs))
-        # on a grid of 1/16 nat, and batches of other sizes round otherwise
-        torch.testing.assert_close(dense, exact, atol=1 / 32 + 1e-4, rtol=0)
+        torch.testing.assert_close(dense, exact, atol=2e-2, rtol=2e-3)
         assert (log_rest < -5).all(), "at k = V nothing is outside"
 
 
@@ -228,5 +244,5 @@ def test_a_polite_stop_commits_and_says_how_to_go_on(uninterrupted, tmp_path, ho
     kept = ps.cache.open(tmp_path / "c")
     assert kept.verify().ok and 0 < len(kept) < len(whole)
     for key in kept.keys():
-        for x, y in zip(rows(kept, key), rows(whole, key), strict=True):
+        for x, y in zip(in_order(*rows(kept, key)), in_order(*rows(whole, key)), strict=True):
             np.testing.assert_array_equal(x, y)

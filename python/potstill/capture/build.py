@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from .sequences import TokenSequence, token_sequences
 from .text import Document, TextSource
 
 if TYPE_CHECKING:
-    from ..teachers import Head
+    from ..teachers import Head, TopK
 
 # Batches of similar length are formed inside windows of this many batches.
 _WINDOW = 8
@@ -57,9 +57,11 @@ def cache_spec(
     teacher: str = "",
     teacher_revision: str = "",
     head: Head | None = None,
+    values: str = "1/16",
+    temperatures: Sequence[float] = (1.0,),
 ) -> ps_cache.Spec:
-    """The `Spec` a build writes: vocabulary, k, teacher and the tokenizer's content hash; length, packing and
-    dtype in `extra`.
+    """The `Spec` a build writes: vocabulary, k, teacher, the tokenizer's content hash and how values are stored;
+    length, packing and dtype in `extra`.
     """
     return ps_cache.Spec(
         vocab_size=_vocab_size(_head_of(model) if head is None else head),
@@ -67,6 +69,8 @@ def cache_spec(
         teacher=teacher,
         teacher_revision=teacher_revision,
         tokenizer=tokenizer_hash(tokenizer),
+        values=values,
+        temperatures=tuple(temperatures),
         extra={
             "length": length,
             "pack": pack,
@@ -84,6 +88,8 @@ def build(
     k: int = 64,
     length: int = 1024,
     pack: bool = True,
+    values: str = "1/16",
+    temperatures: Sequence[float] = (1.0,),
     batch_size: int = 8,
     max_tokens: int | None = None,
     add_special_tokens: bool = True,
@@ -99,6 +105,8 @@ def build(
     documents, or plain strings (named by their position). A sequence of L input ids becomes L rows: row i is
     the teacher's distribution of the token after tokens[0..i], over the full vocabulary. Only [rows of a
     chunk, V] logits exist at a time.
+
+    values, temperatures: how log-probabilities are stored, and at which temperatures the rest is (`cache.Spec`).
 
     An existing `out` of an equal spec is continued: sequences already committed are compared with the text
     and left alone. Batches are formed before that choice, so an interrupted and continued build holds what an
@@ -124,6 +132,8 @@ def build(
         teacher=name,
         teacher_revision=teacher_revision,
         head=head,
+        values=values,
+        temperatures=temperatures,
     )
     documents = _documents(texts)
     sequences = token_sequences(
@@ -148,7 +158,7 @@ def build(
                 missing = [s.key not in writer for s in batch]
                 present.check([s for s, m in zip(batch, missing, strict=True) if not m])
                 if any(missing):
-                    rows = _teacher_rows(model, head, batch, k)
+                    rows = _teacher_rows(model, head, batch, k, temperatures)
                     for sequence, row, wanted in zip(batch, rows, missing, strict=True):
                         if wanted:
                             writer.add(sequence.key, sequence.tokens, row)
@@ -202,14 +212,10 @@ def _batches(sequences: Iterator[TokenSequence], batch_size: int) -> Iterator[li
             yield window[start : start + batch_size]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    ids: torch.Tensor  # [L, K] int32
-    log_probs: torch.Tensor  # [L, K] float32
-    log_rest: torch.Tensor  # [L] float32
-
-
-def _teacher_rows(model: Any, head: Head, batch: list[TokenSequence], k: int) -> list[_Rows]:
+def _teacher_rows(
+    model: Any, head: Head, batch: list[TokenSequence], k: int, temperatures: Sequence[float]
+) -> list[TopK]:
+    """Each sequence's rows: ids and log_probs [L, K], log_rest [L], and the rest at the other temperatures."""
     from ..extraction import linear_topk
 
     device = next(model.parameters()).device
@@ -223,14 +229,12 @@ def _teacher_rows(model: Any, head: Head, batch: list[TokenSequence], k: int) ->
     valid = torch.from_numpy(mask).to(device).bool()
     with torch.no_grad():
         hidden = teacher_hidden(model, torch.from_numpy(ids).to(device), None if full else valid.long())
-        top = linear_topk(hidden[valid], head, k)  # [rows, D] -> [rows, K], no row spent on padding
-    rest = top.log_rest
-    assert rest is not None
+        # [rows, D] -> [rows, K], no row spent on padding
+        top = linear_topk(hidden[valid], head, k, temperatures=[t for t in temperatures if t != 1]).to("cpu")
     found, start = [], 0
-    top_ids, log_probs, log_rest = top.ids.cpu(), top.log_probs.cpu(), rest.cpu()
     for sequence in batch:
         part = slice(start, start + len(sequence.tokens))
-        found.append(_Rows(top_ids[part], log_probs[part], log_rest[part]))
+        found.append(top[part])
         start = part.stop
     return found
 

@@ -25,6 +25,16 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
     show_default=True,
     help="Fill rows across documents, or cut each document into pieces.",
 )
+@click.option(
+    "--values", default="1/16", show_default=True, help="Grid of the log-probabilities in nats, or fp16, fp32."
+)
+@click.option(
+    "--temperature",
+    "temperatures",
+    multiple=True,
+    type=float,
+    help="Keep the mass of the rest at this temperature too, so that a loss can use it (repeatable).",
+)
 @click.option("--batch-size", default=8, show_default=True, help="Sequences per forward pass.")
 @click.option("--max-tokens", type=int, help="Stop before the sequence that would pass this many tokens.")
 @click.option("--text-field", default="text", show_default=True, help="Field of the text in JSONL and datasets.")
@@ -90,6 +100,8 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
             k=o["k"],
             length=o["length"],
             pack=o["pack"],
+            values=o["values"],
+            temperatures=(1.0, *(t for t in o["temperatures"] if t != 1)),
             batch_size=o["batch_size"],
             max_tokens=o["max_tokens"],
             add_special_tokens=not o["no_special_tokens"],
