@@ -329,3 +329,27 @@ def test_an_adapter_on_the_head_is_refused(cache, tmp_path):
 
 def test_the_installed_transformers_is_one_the_adapter_was_written_for():
     assert (4, 51) <= tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (6, 0)
+
+
+def test_another_temperature_where_the_cache_has_its_rest(model, sequences, tmp_path):
+    """The recorded rest reaches the loss, which then is KL at that temperature; without it the loss refuses."""
+    spec = ps.cache.Spec(vocab_size=VOCAB, k=8, teacher="tiny", values="fp32", temperatures=(1.0, 2.0))
+    with ps.cache.Writer(tmp_path / "c", spec) as writer:
+        for key, tokens in sequences.items():
+            with torch.no_grad():
+                z = model(torch.as_tensor(tokens, dtype=torch.int64)[None]).logits[0]
+            writer.add(key, tokens, ps.topk(z, 8, temperatures=(2.0,)))
+    student = tiny_llama(5)
+    trainer = trainer_of(student, ps.cache.open(tmp_path / "c"), tmp_path, distill=DistillConfig(temperature=2.0))
+    batch = trainer.data_collator(KEYS)
+    loss = trainer.compute_loss(student, dict(batch))
+    rows = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        zs, zt = (
+            m(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][rows] for m in (student, model)
+        )
+    expected = ps.distill_loss(zs, ps.topk(zt, 8, temperatures=(2.0,)), temperature=2.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    del batch["teacher_log_rest_at_2.0"]
+    with pytest.raises(ValueError, match=r"temperature=2.0.*recorded at \[1.0\]"):
+        trainer.compute_loss(student, dict(batch))

@@ -13,6 +13,7 @@ from torch import Tensor
 from potstill import cache as ps_cache
 
 TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs", "teacher_log_rest")
+AT = "teacher_log_rest_at_"  # and a temperature: the rest there, where the cache has it
 IGNORED = -100
 
 
@@ -33,10 +34,11 @@ class CacheCollator:
     anything else is refused, as the teacher saw every token).
 
     The batch, with L the longest sequence: input_ids, attention_mask, labels int64 [B, L]; teacher_ids int32
-    [B, L, K], teacher_log_probs float32 [B, L, K], teacher_log_rest float32 [B, L]; position_ids [B, L] when
-    padding on the left. labels[b, i] belongs to token i and is shifted by the trainer. It is -100 in padding
-    and at the first token of each sequence, which no row predicts, so that a count of labels is a count of
-    rows with a target however it is taken.
+    [B, L, K], teacher_log_probs float32 [B, L, K], teacher_log_rest float32 [B, L], and a
+    teacher_log_rest_at_T for each other temperature T of the cache; position_ids [B, L] when padding on the left.
+    labels[b, i] belongs to token i and is shifted by the trainer. It is -100 in padding and at the first token of
+    each sequence, which no row predicts, so that a count of labels is a count of rows with a target however it is
+    taken.
 
     Raises ValueError naming the key for an example without teacher rows, TypeError for an example without
     `key`.
@@ -77,7 +79,7 @@ class CacheCollator:
             "teacher_ids": torch.full((size, length, k), -1, dtype=torch.int32),
             "teacher_log_probs": torch.full((size, length, k), float("-inf")),
             "teacher_log_rest": torch.zeros((size, length)),
-        }
+        } | {f"{AT}{t}": torch.zeros((size, length)) for t in rows.log_rest_at}
         for b, (example, ids) in enumerate(zip(examples, tokens, strict=True)):
             n = len(ids)
             at = slice(length - n, length) if self.padding_side == "left" else slice(0, n)
@@ -89,6 +91,8 @@ class CacheCollator:
             batch["teacher_ids"][b, at] = rows.ids[b, :n]
             batch["teacher_log_probs"][b, at] = rows.log_probs[b, :n]
             batch["teacher_log_rest"][b, at] = rows.log_rest[b, :n]
+            for t, rest in rows.log_rest_at.items():
+                batch[f"{AT}{t}"][b, at] = rest[b, :n]
         if self.padding_side == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return batch

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 
 from potstill.capture.hidden import final_hidden, unwrap
-from potstill.integrations.collator import TEACHER_COLUMNS, CacheCollator, next_token_labels
+from potstill.integrations.collator import AT, TEACHER_COLUMNS, CacheCollator, next_token_labels
 from potstill.losses import linear_distill_loss
 from potstill.teachers import Head, TopK
 
@@ -66,7 +66,7 @@ def student_hidden(model: nn.Module, batch: dict[str, Any], *, all_logits: bool 
     The wrapped module itself is called, so the hooks of data-parallel wrappers fire; the head is run on the
     last position only (`all_logits=True`: on all of them).
     """
-    inputs = {name: value for name, value in batch.items() if name not in TEACHER_COLUMNS and name != "labels"}
+    inputs = {name: value for name, value in batch.items() if not name.startswith("teacher_") and name != "labels"}
     inputs.setdefault("use_cache", False)
     return final_hidden(model, all_logits=all_logits, **inputs)
 
@@ -157,7 +157,8 @@ class DistillMixin(_Base):
         _require_rows(inputs)
         wants_logits = return_outputs and getattr(self, "compute_metrics", None) is not None
         hidden, outputs = student_hidden(model, inputs, all_logits=wants_logits)
-        teacher = TopK(inputs["teacher_ids"], inputs["teacher_log_probs"], inputs["teacher_log_rest"])
+        at = {float(name.removeprefix(AT)): value for name, value in inputs.items() if name.startswith(AT)}
+        teacher = TopK(inputs["teacher_ids"], inputs["teacher_log_probs"], inputs["teacher_log_rest"], log_rest_at=at)
         if teacher.ids.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
                 f"teacher rows are {list(teacher.ids.shape[:-1])}, the student's hidden states "
