@@ -29,11 +29,12 @@ WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "xtok",
 def bench(what: str, out: Path, write_docs: bool, **options: Any) -> None:
     """Measure losses, top-k, the cache and alignment beside their rivals, interleaved, after a check of the results.
 
-    Liger-Kernel and TRL are measured where they are installed (pip install "potstill[rivals]").
+    Liger-Kernel and TRL are measured where they are installed (pip install "potstill[rivals]"). Sections that are not
+    run keep their figures of the last run into --out.
     """
     from potstill.bench import run
 
-    results = run.run(what, run.Plan(**options), click.echo)
+    results = run.with_earlier(run.run(what, run.Plan(**options), click.echo), out)
     run.save(results, out)
     click.echo(run.tables(results))
     if write_docs:

@@ -86,6 +86,15 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
     return found
 
 
+def with_earlier(found: Row, out: Path) -> Row:
+    """`found`, its empty sections filled from out/bench.json of the same machine and versions."""
+    path = out / "bench.json"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if earlier.get("machine") != json.loads(json.dumps(found["machine"])):
+        return found
+    return {name: value or earlier.get(name, value) for name, value in found.items()}
+
+
 def save(found: Row, out: Path) -> None:
     """bench.json, and a CSV for each section."""
     out.mkdir(parents=True, exist_ok=True)
