@@ -209,15 +209,17 @@ def stopped(words, out, how):
         [sys.executable, "-m", "potstill.cli", *map(str, words), str(out), *OPTIONS],
         env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    before, deadline = shards(out), time.monotonic() + 120
-    while shards(out) <= before and process.poll() is None and time.monotonic() < deadline:
+    before, deadline = commits(out), time.monotonic() + 120
+    while commits(out) <= before and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(how)
     return process.communicate()[1], process.returncode
 
 
-def shards(folder) -> int:
-    return sum(1 for p in folder.rglob("*.shard")) if folder.is_dir() else 0
+def commits(folder) -> int:
+    """Records of shards: a shard's file alone is not committed yet; the first record is the spec."""
+    log = folder / "log"
+    return sum(1 for p in log.glob("[0-9]*.json") if b'"shard"' in p.read_bytes()) if log.is_dir() else 0
 
 
 def test_killed_twice_and_continued_nothing_is_lost_or_repeated(uninterrupted, tmp_path):
