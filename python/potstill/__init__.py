@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from potstill import cache, capture, divergences, integrations, xtok
+    from potstill import cache, capture, divergences, integrations, methods, xtok
     from potstill.extraction import linear_sample, linear_topk, sample, topk
     from potstill.losses import DistillLoss, LinearDistillLoss, distill_loss, linear_distill_loss
     from potstill.mixtures import Masked, Mix, OneHot, Student, Uniform
@@ -39,12 +39,12 @@ _NAMES = {
     "TokenLogprobs": "tokens",
     "token_logprobs": "tokens",
 }
-_MODULES = ("cache", "capture", "divergences", "integrations", "xtok")
+_MODULES = ("cache", "capture", "divergences", "integrations", "methods", "xtok")
 
 __all__ = [
     "DistillLoss", "Head", "HiddenTeacher", "LinearDistillLoss", "LogitsTeacher", "Masked", "Mix", "OneHot", "Student",
     "TokenLogprobs", "TopK", "Uniform", "cache", "capture", "distill_loss", "divergences", "integrations",
-    "linear_distill_loss", "linear_sample", "linear_topk", "sample", "token_logprobs", "topk", "xtok",
+    "linear_distill_loss", "linear_sample", "linear_topk", "methods", "sample", "token_logprobs", "topk", "xtok",
 ]  # fmt: skip
 
 

@@ -1,0 +1,32 @@
+"""What published methods need beyond the losses: preferences, averaged teachers, schedules, samplers, metrics, blocks.
+
+Modules and names are imported on first use. Functions are named for what they compute; docstrings say which paper it is
+and how well its formula is known ("read in the authors' code", "read in the paper", "second hand", "from memory").
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from potstill.methods import blocks, ema, metrics, preference, samplers, schedules, speculative
+
+_MODULES: tuple[str, ...] = ("blocks", "ema", "metrics", "preference", "samplers", "schedules", "speculative")
+_NAMES: dict[str, str] = {}  # public name -> the module that has it
+
+__all__ = ["blocks", "ema", "metrics", "preference", "samplers", "schedules", "speculative"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"potstill.methods.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"potstill.methods.{name}")
+    raise AttributeError(f"module 'potstill.methods' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
