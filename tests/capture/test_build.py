@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import potstill as ps
@@ -12,6 +13,9 @@ import pytest
 import torch
 from potstill.capture import Document, build, open_text, token_sequences
 from potstill.cli import main
+
+from ..forks import exit_code, fork
+from .stalling import commits, stall_after_commit
 
 
 def rows(cache, key):
@@ -150,12 +154,6 @@ def test_no_text_is_an_error(model, tokenizer, tmp_path):
 # ---- the command ----
 
 
-def run(*words, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-m", "potstill.cli", *map(str, words)], capture_output=True, text=True, **kwargs
-    )
-
-
 def test_the_command_prints_a_summary_and_one_line_errors(model_folder, corpus, tmp_path):
     from click.testing import CliRunner
 
@@ -186,7 +184,6 @@ def test_help_imports_neither_torch_nor_transformers():
 
 
 OPTIONS = ["--k", "16", "--length", "64", "--batch-size", "2", "--commit-seconds", "0.02", "--device", "cpu"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -195,53 +192,71 @@ def uninterrupted(model_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("killed")
     data = root / "data"
     data.mkdir()
-    for number in range(40):
+    for number in range(10):
         (data / f"{number:02d}.txt").write_text("".join(f"sentence {i} of {number}. " for i in range(60 + number)))
-    words = ["build", model_folder, data]
-    done = run(*words, root / "whole", *OPTIONS, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
+    words = [*OPTIONS, "--quiet", str(model_folder), str(data)]
+    assert exit_code(in_a_fork(words, root / "whole")) == 0
     return words, ps.cache.open(root / "whole")
 
 
-def stopped(words, out, how):
+def in_a_fork(words, out, said=os.devnull, stall=False) -> int:
+    """Starts a build in a forked child, its stderr in a file; the child's id."""
+
+    def body():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stderr = open(said, "w", buffering=1)  # noqa: SIM115
+        if stall:
+            stall_after_commit(out)
+        main(["build", *words, str(out)])
+
+    return fork(body)
+
+
+def in_a_process(words, out, said, stall) -> int:
+    """The same in a new interpreter."""
+    program = [sys.executable, "-m", "tests.capture.stalling", *words, str(out)]
+    with said.open("w") as stderr:
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[2]
+        return subprocess.Popen(program, cwd=root, env=environ, stdout=subprocess.DEVNULL, stderr=stderr).pid
+
+
+def stopped(start, words, out, how):
     """Runs a build, stops it with a signal once it has committed something new; (exit code, stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "potstill.cli", *map(str, words), str(out), *OPTIONS],
-        env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    before, deadline = commits(out), time.monotonic() + 120
-    while commits(out) <= before and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(how)
-    return process.communicate()[1], process.returncode
-
-
-def commits(folder) -> int:
-    """Records of shards: a shard's file alone is not committed yet; the first record is the spec."""
-    log = folder / "log"
-    return sum(1 for p in log.glob("[0-9]*.json") if b'"shard"' in p.read_bytes()) if log.is_dir() else 0
+    before, said = commits(out), out.with_name(f"{out.name}.stderr")
+    pid, deadline = start(words, out, said, stall=True), time.monotonic() + 120
+    while commits(out) <= before and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(pid, how)
+    return exit_code(pid), said.read_text()
 
 
 def test_killed_twice_and_continued_nothing_is_lost_or_repeated(uninterrupted, tmp_path):
     words, whole = uninterrupted
     out, held = tmp_path / "killed", 0
     for _ in range(2):
-        said, code = stopped(words, out, signal.SIGKILL)
+        code, said = stopped(in_a_fork, words, out, signal.SIGKILL)
         assert code == -signal.SIGKILL, said
         kept = ps.cache.open(out)
         assert kept.verify().ok and held < len(kept) < len(whole)
         held = len(kept)
-    done = run(*words, out, *OPTIONS, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
+    assert exit_code(in_a_fork(words, out)) == 0
     continued = ps.cache.open(out)
     assert continued.verify().ok and len(continued.keys()) == len(set(continued.keys()))
     assert_same_content(continued, whole)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_polite_stop_commits_and_says_how_to_go_on(uninterrupted, tmp_path, how):
+@pytest.mark.parametrize(
+    "start, how",
+    [
+        (in_a_fork, signal.SIGINT),
+        (in_a_fork, signal.SIGTERM),
+        pytest.param(in_a_process, signal.SIGTERM, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_polite_stop_commits_and_says_how_to_go_on(uninterrupted, tmp_path, start, how):
     words, whole = uninterrupted
-    said, code = stopped(words, tmp_path / "c", how)
+    code, said = stopped(start, words, tmp_path / "c", how)
     assert code == 130 and "run the same command again" in said and "Traceback" not in said
     kept = ps.cache.open(tmp_path / "c")
     assert kept.verify().ok and 0 < len(kept) < len(whole)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .build import BuildReport, build, cache_spec
     from .hidden import final_hidden
     from .models import Loaded, load_model, load_tokenizer, tokenizer_hash
+    from .plan import Shard, rank_and_world, shard_of
     from .sequences import TokenSequence, token_sequences
     from .text import Document, TextSource, open_text
 
@@ -24,6 +25,9 @@ _HOMES = {
     "load_model": "models",
     "load_tokenizer": "models",
     "tokenizer_hash": "models",
+    "Shard": "plan",
+    "rank_and_world": "plan",
+    "shard_of": "plan",
     "TokenSequence": "sequences",
     "token_sequences": "sequences",
     "Document": "text",
@@ -35,6 +39,7 @@ __all__ = [
     "BuildReport",
     "Document",
     "Loaded",
+    "Shard",
     "TextSource",
     "TokenSequence",
     "build",
@@ -43,6 +48,8 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open_text",
+    "rank_and_world",
+    "shard_of",
     "token_sequences",
     "tokenizer_hash",
 ]

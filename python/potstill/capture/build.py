@@ -16,6 +16,7 @@ import torch
 from .. import cache as ps_cache
 from .hidden import teacher_hidden
 from .models import tokenizer_hash
+from .plan import Shard, rank_and_world
 from .sequences import TokenSequence, token_sequences
 from .text import Document, TextSource
 
@@ -95,6 +96,7 @@ def build(
     add_special_tokens: bool = True,
     shard_bytes: int = 64 << 20,
     commit_seconds: float = 300.0,
+    shard: str | tuple[int, int] | Shard | None = None,
     teacher: str | None = None,
     teacher_revision: str = "",
     progress: bool = False,
@@ -113,6 +115,11 @@ def build(
     uninterrupted one does. A shard is committed at `shard_bytes` or after `commit_seconds`. KeyboardInterrupt
     ends the run early with everything whole committed (`finished=False`).
 
+    shard: (i, n) or "i/n" when this is process i of n that fill `out` together (`plan.rank_and_world` asks the
+    launcher); None builds everything. All are given the same texts and options; each does the batches whose first key
+    is its own (`plan.shard_of`), so the folder holds the same rows whatever the number of processes, also when
+    another number continues.
+
     Raises ValueError for k over the vocabulary, no text, or text that changed under a committed key; what the
     writer raises for an existing folder of another spec.
     """
@@ -122,6 +129,7 @@ def build(
         raise ValueError(f"k is {k}: it must be between 1 and the teacher's vocabulary of {vocab_size}")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: at least 1 sequence a batch is needed")
+    mine = Shard() if shard is None else rank_and_world(shard, {})
     name = teacher if teacher is not None else Path(str(getattr(model.config, "_name_or_path", ""))).name
     spec = cache_spec(
         model,
@@ -149,12 +157,14 @@ def build(
     present = _Committed(Path(out))
     with (
         ps_cache.Writer(out, spec, resume=True, shard_bytes=shard_bytes) as writer,
-        _Progress(progress, getattr(texts, "size", None), max_tokens, Path(out)) as bar,
+        _Progress(progress, getattr(texts, "size", None), max_tokens, mine.world, Path(out)) as bar,
     ):
         committed_at = time.monotonic()
         try:
             for batch in _batches(sequences, batch_size):
                 seen += len(batch)
+                if not mine.owns(batch[0].key):
+                    continue
                 missing = [s.key not in writer for s in batch]
                 present.check([s for s, m in zip(batch, missing, strict=True) if not m])
                 if any(missing):
@@ -266,8 +276,9 @@ class _Committed:
 class _Progress:
     """A tqdm bar over tokens; the total is estimated from the share of the text already tokenised."""
 
-    def __init__(self, shown: bool, size: int | None, max_tokens: int | None, out: Path) -> None:
-        self.shown, self.size, self.max_tokens, self.out = shown, size, max_tokens, out
+    def __init__(self, shown: bool, size: int | None, max_tokens: int | None, world: int, out: Path) -> None:
+        self.shown, self.size, self.world, self.out = shown, size, world, out
+        self.max_tokens = max_tokens // world if max_tokens else None
         self.tokens = self.new = 0
 
     def __enter__(self) -> _Progress:
@@ -297,4 +308,4 @@ class _Progress:
             self.bar.initial += count
             self.bar.refresh()
         if written := sum(f.stat().st_size for f in self.out.rglob("*") if f.is_file()):
-            self.bar.set_postfix_str(f"{written / max(1, self.tokens):.0f} B/tok")
+            self.bar.set_postfix_str(f"{written / max(1, self.tokens * self.world):.0f} B/tok")

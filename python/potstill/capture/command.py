@@ -55,6 +55,11 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
 )
 @click.option("--device", help="cpu, cuda, cuda:1, ... (default: cuda when there is one).")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Build part I of N, I from 0 (default: what torchrun, accelerate, MPI or srun say, else everything).",
+)
 @click.option("--shard-mb", default=64, show_default=True, help="Size at which a shard is committed.")
 @click.option("--commit-seconds", default=300.0, show_default=True, help="Longest time between commits.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
@@ -64,6 +69,9 @@ def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
     MODEL is a folder, a hub name, a .gguf file or package:NAME (a Python package that carries a GGUF file).
     DATA is any number of text files, folders, .jsonl files or folders saved by datasets. Run the same command
     again to continue after Ctrl-C or a crash: nothing is repeated and nothing is lost.
+
+    Many processes may fill one OUT at once, under torchrun, accelerate or srun, or started by hand with --shard.
+    Another number of processes may continue.
     """
     try:
         finished = _run(model, data, out, options)
@@ -74,11 +82,13 @@ def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
 
 
 def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool:
+    from .plan import rank_and_world
     from .text import open_text
 
     # Everything that can be refused cheaply is, before torch is imported and the model loaded.
     if o["k"] < 1 or o["length"] < 1 or o["batch_size"] < 1 or o["shard_mb"] < 1:
         raise ValueError("--k, --length, --batch-size and --shard-mb must be at least 1")
+    mine = rank_and_world(o["shard"])
     texts = open_text(data, text_field=o["text_field"], suffixes=o["suffixes"] or SUFFIXES)
     from .build import build as run_build
     from .models import load_model
@@ -107,17 +117,19 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
             add_special_tokens=not o["no_special_tokens"],
             shard_bytes=o["shard_mb"] << 20,
             commit_seconds=o["commit_seconds"],
+            shard=mine,
             teacher=loaded.name,
             teacher_revision=loaded.revision,
-            progress=not o["quiet"],
+            progress=not o["quiet"] and mine.rank == 0,
         )
     rate = report.new_tokens / report.seconds if report.seconds else 0.0
     click.echo(
         f"{report.path}: {report.sequences:,} sequences, {report.tokens:,} tokens, {_size(report.bytes)}, "
         f"{report.bytes_per_token:.1f} bytes a token"
     )
+    part = f"part {mine.rank}/{mine.world} ({mine.source})" if mine.world > 1 else "this run"
     click.echo(
-        f"this run: {report.new_sequences:,} sequences, {report.new_tokens:,} tokens in "
+        f"{part}: {report.new_sequences:,} sequences, {report.new_tokens:,} tokens in "
         f"{report.seconds:.1f} s ({rate:,.0f} tokens/s)"
     )
     if texts.skipped:

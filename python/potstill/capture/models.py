@@ -73,9 +73,9 @@ def load_model(
     """Loads a causal LM in evaluation mode with its tokenizer (or the one found at `tokenizer`).
 
     dtype: "auto" (as stored; float32 for GGUF), "float32", "bfloat16" or "float16"; device: None takes CUDA
-    when there is one. Raises FileNotFoundError or ValueError naming what is missing: the model, its
-    tokenizer, or weights (a checkpoint without a language-model head would otherwise run with random numbers
-    in its place).
+    when there is one, of several GPUs that of this process's local rank. Raises FileNotFoundError or ValueError
+    naming what is missing: the model, its tokenizer, or weights (a checkpoint without a language-model head would
+    otherwise run with random numbers in its place).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -106,7 +106,7 @@ def load_model(
             f"(first: {missing[0]}) "
             "and would be random; give a checkpoint saved with its language-model head"
         )
-    chosen_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen_device = torch.device(device or _default_device())
     if gguf and getattr(loaded, "hf_quantizer", None) is not None:
         # The weights are plain numbers now; left in place this would forbid training and saving copies of the
         # model.
@@ -120,6 +120,15 @@ def load_model(
         name,
         getattr(loaded.config, "_commit_hash", None) or _revision_of(where, gguf),
     )
+
+
+def _default_device() -> str:
+    import torch
+
+    from .plan import local_rank
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{local_rank() % count}" if count > 1 else "cuda" if count else "cpu"
 
 
 def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None) -> Any:
