@@ -60,6 +60,7 @@ def cache_spec(
     head: Head | None = None,
     values: str = "1/16",
     temperatures: Sequence[float] = (1.0,),
+    token_log_probs: bool = False,
 ) -> ps_cache.Spec:
     """The `Spec` a build writes: vocabulary, k, teacher, the tokenizer's content hash and how values are stored;
     length, packing and dtype in `extra`.
@@ -72,6 +73,7 @@ def cache_spec(
         tokenizer=tokenizer_hash(tokenizer),
         values=values,
         temperatures=tuple(temperatures),
+        token_log_probs=token_log_probs,
         extra={
             "length": length,
             "pack": pack,
@@ -91,6 +93,7 @@ def build(
     pack: bool = True,
     values: str = "1/16",
     temperatures: Sequence[float] = (1.0,),
+    token_log_probs: bool = False,
     batch_size: int = 8,
     max_tokens: int | None = None,
     add_special_tokens: bool = True,
@@ -109,6 +112,8 @@ def build(
     chunk, V] logits exist at a time.
 
     values, temperatures: how log-probabilities are stored, and at which temperatures the rest is (`cache.Spec`).
+    token_log_probs: keep the log-probability of each next token of the text as well (-inf in a sequence's last row,
+    which has none): the text scored by the model, see `methods.scoring`.
 
     An existing `out` of an equal spec is continued: sequences already committed are compared with the text
     and left alone. Batches are formed before that choice, so an interrupted and continued build holds what an
@@ -142,6 +147,7 @@ def build(
         head=head,
         values=values,
         temperatures=temperatures,
+        token_log_probs=token_log_probs,
     )
     documents = _documents(texts)
     sequences = token_sequences(
@@ -168,7 +174,7 @@ def build(
                 missing = [s.key not in writer for s in batch]
                 present.check([s for s, m in zip(batch, missing, strict=True) if not m])
                 if any(missing):
-                    rows = _teacher_rows(model, head, batch, k, temperatures)
+                    rows = _teacher_rows(model, head, batch, k, temperatures, token_log_probs)
                     for sequence, row, wanted in zip(batch, rows, missing, strict=True):
                         if wanted:
                             writer.add(sequence.key, sequence.tokens, row)
@@ -223,24 +229,34 @@ def _batches(sequences: Iterator[TokenSequence], batch_size: int) -> Iterator[li
 
 
 def _teacher_rows(
-    model: Any, head: Head, batch: list[TokenSequence], k: int, temperatures: Sequence[float]
+    model: Any,
+    head: Head,
+    batch: list[TokenSequence],
+    k: int,
+    temperatures: Sequence[float],
+    token_log_probs: bool,
 ) -> list[TopK]:
-    """Each sequence's rows: ids and log_probs [L, K], log_rest [L], and the rest at the other temperatures."""
+    """Each sequence's rows: ids and log_probs [L, K], log_rest [L], the rest at the other temperatures, and on request
+    token_log_probs [L], -inf in the last row."""
     from ..extraction import linear_topk
 
     device = next(model.parameters()).device
     longest = max(len(s.tokens) for s in batch)
     ids = np.zeros((len(batch), longest), dtype=np.int64)
     mask = np.zeros((len(batch), longest), dtype=np.int64)
+    following = np.full((len(batch), longest), -100, dtype=np.int64)
     for row, sequence in enumerate(batch):
         ids[row, : len(sequence.tokens)] = sequence.tokens
         mask[row, : len(sequence.tokens)] = 1
+        following[row, : len(sequence.tokens) - 1] = sequence.tokens[1:]
     full = bool(mask.all())
     valid = torch.from_numpy(mask).to(device).bool()
     with torch.no_grad():
         hidden = teacher_hidden(model, torch.from_numpy(ids).to(device), None if full else valid.long())
         # [rows, D] -> [rows, K], no row spent on padding
-        top = linear_topk(hidden[valid], head, k, temperatures=[t for t in temperatures if t != 1]).to("cpu")
+        tokens = torch.from_numpy(following).to(device)[valid] if token_log_probs else None
+        other = [t for t in temperatures if t != 1]
+        top = linear_topk(hidden[valid], head, k, ids=tokens, temperatures=other).to("cpu")
     found, start = [], 0
     for sequence in batch:
         part = slice(start, start + len(sequence.tokens))

@@ -112,6 +112,7 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
             pack=o["pack"],
             values=o["values"],
             temperatures=(1.0, *(t for t in o["temperatures"] if t != 1)),
+            token_log_probs=o.get("token_log_probs", False),
             batch_size=o["batch_size"],
             max_tokens=o["max_tokens"],
             add_special_tokens=not o["no_special_tokens"],

@@ -10,12 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.methods import blocks, ema, metrics, preference, samplers, schedules, speculative
+    from potstill.methods import blocks, ema, metrics, preference, samplers, schedules, scoring, speculative
 
-_MODULES: tuple[str, ...] = ("blocks", "ema", "metrics", "preference", "samplers", "schedules", "speculative")
+_MODULES: tuple[str, ...] = (
+    "blocks",
+    "ema",
+    "metrics",
+    "preference",
+    "samplers",
+    "schedules",
+    "scoring",
+    "speculative",
+)
 _NAMES: dict[str, str] = {}  # public name -> the module that has it
 
-__all__ = ["blocks", "ema", "metrics", "preference", "samplers", "schedules", "speculative"]
+__all__ = ["blocks", "ema", "metrics", "preference", "samplers", "schedules", "scoring", "speculative"]
 
 
 def __getattr__(name: str) -> Any:
