@@ -83,31 +83,13 @@ class Call:
 
     def _coefficients(self, token_weights: Tensor | None, ignore_index: int, num_items: int | Tensor | None) -> Tensor:
         """[N]: what each row's loss is multiplied by."""
-        check_choice("reduction", self.reduction, REDUCTIONS)
-        if self.reduction == "sequence_mean" and len(self.lead) < 2:
-            raise ValueError(
-                f"reduction='sequence_mean' needs rows [..., sequence, position]; they have shape {list(self.lead)}"
-            )
-        means = self.reduction in ("mean", "sequence_mean")
-        if num_items is not None and not means:
-            raise ValueError(f"num_items is the denominator of a mean; reduction={self.reduction!r} has none")
         weights = torch.ones(self.lead, dtype=self.wide, device=self.device)
         if token_weights is not None:
             self.check_rows("token_weights", token_weights)
             weights = token_weights.to(self.wide)
         if self.labels is not None:
             weights = torch.where(self.labels != ignore_index, weights, 0.0)
-        if self.reduction == "sequence_mean":  # each sequence's rows sum to 1; then the mean over those that have any
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total == 0, 1.0, total)
-            count = (total != 0).sum().clamp(min=1) if num_items is None else num_items
-        elif means:
-            total = weights.sum()
-            count = torch.where(total == 0, 1.0, total) if num_items is None else num_items
-        if not means:
-            return weights.reshape(-1)
-        count = torch.as_tensor(count, dtype=self.wide, device=self.device)
-        return (weights / (count if num_items is None else count.clamp(min=1.0))).reshape(-1)
+        return row_coefficients(weights, self.reduction, num_items).reshape(-1)
 
     def live(self) -> Tensor:
         """1 for rows that count, 0 for the others: [N], no gradient."""
@@ -142,6 +124,29 @@ class Call:
         parts = torch.where(self.coef != 0, self.coef.detach() * parts.detach(), 0.0)
         parts = parts.reshape(-1, *self.lead) if self.reduction == "none" else parts.sum(-1)
         return loss, dict(zip(("distill", "ce", *self.metrics), parts, strict=True))
+
+
+def row_coefficients(weights: Tensor, reduction: str, num_items: int | Tensor | None = None) -> Tensor:
+    """[...], what each row's loss is multiplied by so that the sum is the reduction; weights [...], 0 stays 0."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "sequence_mean" and weights.dim() < 2:
+        raise ValueError(
+            f"reduction='sequence_mean' needs rows [..., sequence, position]; they have shape {list(weights.shape)}"
+        )
+    means = reduction in ("mean", "sequence_mean")
+    if not means:
+        if num_items is not None:
+            raise ValueError(f"num_items is the denominator of a mean; reduction={reduction!r} has none")
+        return weights
+    if reduction == "sequence_mean":  # each sequence's rows sum to 1; then the mean over those that have any
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where(total == 0, 1.0, total)
+        count = (total != 0).sum().clamp(min=1) if num_items is None else num_items
+    else:
+        total = weights.sum()
+        count = torch.where(total == 0, 1.0, total) if num_items is None else num_items
+    count = torch.as_tensor(count, dtype=weights.dtype, device=weights.device)
+    return weights / (count if num_items is None else count.clamp(min=1.0))
 
 
 def metric_names(wanted: bool | Sequence[str], teacher: Teacher | None) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""What published methods need beyond the losses: preferences, averaged teachers, schedules, samplers, metrics, blocks.
+"""What published methods need beyond the losses, and every published method as a recipe: `catalog()`.
 
-Modules and names are imported on first use. Functions are named for what they compute; docstrings say which paper it is
-and how well its formula is known ("read in the authors' code", "read in the paper", "second hand", "from memory").
+Hidden states, relations, contrasts, restricted vocabularies, preferences, averaged teachers, schedules, samplers, metrics,
+blocks. Modules and names are imported on first use. Functions are named for what they compute; docstrings say which paper
+it is and how well its formula is known ("read in the authors' code", "read in the paper", "second hand", "from memory").
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.methods import blocks, ema, metrics, preference, samplers, schedules, scoring, speculative
+    from potstill.methods import (
+        blocks, contrastive, ema, hidden, metrics, preference, relation, restricted, samplers, schedules, scoring,
+        speculative,
+    )  # fmt: skip
 
 _MODULES: tuple[str, ...] = (
-    "blocks",
-    "ema",
-    "metrics",
-    "preference",
-    "samplers",
-    "schedules",
-    "scoring",
-    "speculative",
-)
+    "blocks", "contrastive", "ema", "hidden", "metrics", "preference", "relation", "restricted", "samplers",
+    "schedules", "scoring", "speculative",
+)  # fmt: skip
 _NAMES: dict[str, str] = {}  # public name -> the module that has it
 
-__all__ = ["blocks", "ema", "metrics", "preference", "samplers", "schedules", "scoring", "speculative"]
+__all__ = [
+    "blocks", "contrastive", "ema", "hidden", "metrics", "preference", "relation", "restricted", "samplers",
+    "schedules", "scoring", "speculative",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
