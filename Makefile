@@ -3,6 +3,7 @@
 #   make demo         distil SmolLM2-135M into a smaller model; writes out/demo/report.{json,png}
 #   make test         the whole Python suite, then the Rust tests
 #   make bench        the benchmarks                  make lint         ruff, mypy, rustfmt, clippy
+#   make docs         the site, built strictly into out/site
 #   make gpu-compile  kernels for sm_80, sm_90a, sm_100 without a GPU        make clean
 # PYTHON=python3.12 chooses the interpreter; UV_CACHE_DIR and CARGO_TARGET_DIR are honoured.
 
@@ -23,7 +24,7 @@ UV = $(firstword $(foreach uv,uv $(STORE)/uv/bin/uv,$(if $(shell $(uv) --version
 PIP = $(UV) pip install --python $(PY) --constraints constraints.txt
 NVCC_PACKAGE := cuda-toolkit[nvcc,cccl,cudart,crt,nvvm]==13.0.2
 
-.PHONY: install demo test bench lint gpu-compile clean
+.PHONY: install demo test bench docs lint gpu-compile clean
 install: $(DONE)
 
 $(PY):
@@ -59,6 +60,10 @@ lint: install
 	$(VENV)/bin/mypy
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -q -- -D warnings
+
+docs: install
+	$(PIP) -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 gpu-compile: install
 	$(PIP) '$(NVCC_PACKAGE)'

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-WHAT = ["losses", "divergences", "precision", "memory", "topk", "cache", "xtok", "all"]
+WHAT = ["losses", "models", "threads", "divergences", "precision", "memory", "topk", "cache", "xtok", "fidelity", "all"]
 
 
 @click.command()

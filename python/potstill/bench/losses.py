@@ -11,7 +11,7 @@ import torch
 
 from potstill.bench import rivals
 from potstill.bench.cases import Case, Loss, Shape, eager_gather_first
-from potstill.bench.measure import Variant, in_turns, peak_in_process, spread
+from potstill.bench.measure import Variant, in_turns, peak_in_process, timing
 
 Row = dict[str, Any]
 Note = Callable[[str], Any]
@@ -126,7 +126,7 @@ def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: boo
             continue
         middle = median(taken)
         found.append({
-            "case": case, "variant": name, "seconds": middle, "spread": spread(taken), "repeats": len(taken),
+            "case": case, "variant": name, **timing(taken), "threads": torch.get_num_threads(),
             "over_floor": middle / floor if floor else None, "over_eager": middle / eager if eager else None,
             "peak_bytes": extra_peak(shape, name, compiled) if peaks else None, **asdict(shape),
         })  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 Variant = Callable[[], Any]
 
@@ -43,6 +46,15 @@ def in_turns(
             elif round_ == warm_up - 1 and taken > limit:
                 del seconds[name]
     return seconds
+
+
+def timing(seconds: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile (between the sorted values, linearly), spread, and how many."""
+    low, high = np.quantile(seconds, (0.2, 0.8))
+    return {
+        "seconds": median(seconds), "p20": float(low), "p80": float(high), "spread": spread(seconds),
+        "repeats": len(seconds),
+    }  # fmt: skip
 
 
 def spread(seconds: list[float]) -> float:
@@ -86,6 +98,13 @@ def peak_bytes(call: Variant) -> int:
     return resident()[1] - before
 
 
+def _triton() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def machine() -> dict[str, Any]:
     """What the figures were made on."""
     import torch
@@ -103,6 +122,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "triton": _triton(),
         "python": platform.python_version(),
         "potstill": __version__,
     }

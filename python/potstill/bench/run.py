@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,14 +12,28 @@ from typing import Any
 
 import torch
 
-from potstill.bench import cache, losses, objectives, rivals, topk, xtok
+from potstill.bench import cache, fidelity, losses, objectives, plots, records, rivals, sweeps, topk, xtok
 from potstill.bench.cases import Shape
 from potstill.bench.measure import machine
-from potstill.bench.tables import tables
+from potstill.bench.tables import fidelity_tables, tables
 
 Row = dict[str, Any]
-SECTIONS = ("losses", "divergences", "precision", "memory", "topk", "cache", "xtok")
+SECTIONS = (
+    "losses",
+    "models",
+    "threads",
+    "ceilings",
+    "divergences",
+    "precision",
+    "memory",
+    "topk",
+    "cost",
+    "cache",
+    "xtok",
+    "fidelity",
+)
 MARK = ("<!-- figures: potstill bench --write-docs -->", "<!-- end of figures -->")
+FIDELITY_MARK = ("<!-- fidelity: potstill bench fidelity --write-docs -->", "<!-- end of fidelity -->")
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,11 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
             found["losses"] += losses.rows(
                 shape, repeats=plan.times(5), compiled=not plan.smoke, limit=plan.limit, peaks=True, note=note
             )
+    if what in ("models", "all"):
+        found["models"] = sweeps.models(smoke=plan.smoke, repeats=plan.times(5), limit=plan.limit, note=note)
+    if what in ("threads", "all"):
+        found["threads"] = sweeps.threads(smoke=plan.smoke, repeats=plan.times(5), limit=plan.limit, note=note)
+        found["ceilings"] = sweeps.ceilings(smoke=plan.smoke, repeats=plan.times(5))
     if what in ("divergences", "all"):
         for shape in plan.shapes():
             if shape.dtype == "float32":
@@ -68,10 +88,15 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
                 narrow = replace(shape, hidden=64, teacher_hidden=64 if shape.teacher_hidden else 0)
                 lengths = (shape.rows,) if plan.smoke else (512, 2048)
                 found["memory"] += objectives.memory_rows(narrow, lengths, compiled=not plan.smoke, note=note)
+    if what in ("fidelity", "all"):
+        reason = fidelity.missing()
+        note(f"fidelity: skipped, {reason}" if reason else "fidelity: SmolLM2 on held-out text")
+        found["fidelity"] = [] if reason else fidelity.figures(smoke=plan.smoke)
     if what in ("topk", "all"):
         torch.set_num_threads(1)
         note("topk")
         found["topk"] = topk.figures(smoke=plan.smoke, repeats=plan.times(7))
+        found["cost"] = topk.cost(smoke=plan.smoke, repeats=plan.times(7))
     if what in ("xtok", "all"):
         torch.set_num_threads(1)
         note("xtok")
@@ -96,22 +121,39 @@ def with_earlier(found: Row, out: Path) -> Row:
 
 
 def save(found: Row, out: Path) -> None:
-    """bench.json, and a CSV for each section."""
+    """bench.json, a CSV for each section, records.csv of all of them in long form, and plots."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(found, indent=1))
     for name in SECTIONS:
-        if found[name]:
-            with open(out / f"{name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, list(found[name][0]))
-                writer.writeheader()
-                writer.writerows(found[name])
+        write_csv(out / f"{name}.csv", found[name])
+    write_csv(out / "records.csv", records.records(found))
+    if importlib.util.find_spec("matplotlib") is not None:
+        plots.draw(found, out / "plots")
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    if rows:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def write_docs(found: Row, root: Path) -> None:
-    """Replace what stands between the marks in README.md and docs/performance.md."""
-    for file in (root / "README.md", root / "docs" / "performance.md"):
-        text = file.read_text()
-        if any(mark not in text for mark in MARK):
-            raise ValueError(f"{file} has no {MARK[0]} ... {MARK[1]} to write between")
-        before, rest = text.split(MARK[0], 1)
-        file.write_text(before + MARK[0] + "\n" + tables(found) + "\n" + MARK[1] + rest.split(MARK[1], 1)[1])
+    """Write the tables between the marks of the docs, the short ones into README.md, and draw docs/plots."""
+    docs = root / "docs"
+    between(root / "README.md", MARK, tables(found, brief=True))
+    between(docs / "performance.md", MARK, tables(found))
+    if found.get("fidelity"):
+        between(docs / "which-k.md", FIDELITY_MARK, fidelity_tables(found))
+    if importlib.util.find_spec("matplotlib") is not None:
+        plots.draw(found, docs / "plots")
+
+
+def between(file: Path, marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between two marks of a file."""
+    old = file.read_text()
+    if any(mark not in old for mark in marks):
+        raise ValueError(f"{file} has no {marks[0]} ... {marks[1]} to write between")
+    before, rest = old.split(marks[0], 1)
+    file.write_text(before + marks[0] + "\n" + text + "\n" + marks[1] + rest.split(marks[1], 1)[1])

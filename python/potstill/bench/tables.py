@@ -81,11 +81,57 @@ def cache(rows: list[Row]) -> str:
     ])  # fmt: skip
 
 
-def tables(found: Row) -> str:
-    """Every section that has rows, and what they were made on."""
+def cost(rows: list[Row]) -> str:
+    head = ["top-k by size, fp32, one thread", "faster than torch", "time / one read", "spread"]
+    return table(head, [
+        [r["case"], f"{r['speed_up']:.1f}x", ratio(r["over_read"]), f"{r['spread']:.0%}"]
+        for r in rows if r["variant"] == "potstill"
+    ])  # fmt: skip
+
+
+def ceilings(rows: list[Row]) -> str:
+    return table(["ceilings of the machine", "Gflop/s of fp32 products", "GB/s of a copy"], [
+        [f"{r['threads']} threads", f"{r['flops_per_second'] / 1e9:.0f}", f"{r['bytes_per_second'] / 1e9:.1f}"]
+        for r in rows
+    ])  # fmt: skip
+
+
+def fidelity(rows: list[Row]) -> str:
+    """Gradient errors by k and tail, then bytes and errors by step."""
+    by_k = [r for r in rows if r["case"] == "k and tail"]
+    tails = list(dict.fromkeys(r["variant"] for r in by_k))
+    errors = {(r["k"], r["variant"]): r["gradient_error"] for r in by_k}
+    masses = {r["k"]: (r["mass_outside"], r["mass_outside_p90"]) for r in by_k if r.get("mass_outside") is not None}
+    first = table(["k", "mass outside, mean", "90th percentile", *(f"gradient error, {tail}" for tail in tails)], [
+        [str(k), *(f"{mass:.4f}" for mass in masses[k]), *(f"{errors[k, tail]:.3f}" for tail in tails)] for k in masses
+    ])  # fmt: skip
+    head = ["step, k = 64, bucket", "bytes a token", "KL to the exact rows", "largest error, nat", "gradient error"]
+    second = table(head, [
+        [r["variant"], f"{r['bytes_per_token']:.0f}", f"{r['stored_kl']:.1e}", f"{r['largest_error']:.4f}",
+         f"{r['gradient_error']:.4f}"]
+        for r in rows if r["case"] != "k and tail"
+    ])  # fmt: skip
+    return first + "\n\n" + second
+
+
+def fidelity_tables(found: Row) -> str:
+    rows = found["fidelity"]
+    about = f"{rows[0]['rows']:,} rows, V = {rows[0]['vocab']:,}, KL to the student {rows[0]['kl']:.2f}."
+    return f"{fidelity(rows)}\n\n{about}"
+
+
+def tables(found: Row, brief: bool = False) -> str:
+    """Every section that has rows, and what they were made on; `brief`: what the README shows."""
     makers = dict(
-        losses=losses, divergences=divergences, precision=precision, memory=memory, topk=topk, cache=cache, xtok=xtok
-    )
+        losses=losses, models=losses, threads=losses, ceilings=ceilings, divergences=divergences, precision=precision,
+        memory=memory, topk=topk, cost=cost, cache=cache, xtok=xtok, fidelity=fidelity,
+    )  # fmt: skip
+    if brief:
+        kept = {name: found.get(name, []) for name in ("losses", "topk", "cache", "xtok")}
+        first = {r["case"]: None for r in kept["topk"]}
+        chosen = [case for case in first if "gaussian" in case or "alone" in case]
+        kept["topk"] = [r for r in kept["topk"] if r["case"] in chosen]
+        found = {**kept, "machine": found["machine"]}
     parts = [make(found[name]) for name, make in makers.items() if found.get(name)]
     m = found["machine"]
     made = f"Made on {m['cpu']}, {m['cores']} cores ({m['capability']}), torch {m['torch']}, potstill {m['potstill']}"

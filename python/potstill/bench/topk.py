@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.bench.measure import Variant, in_turns, spread
+from potstill.bench.measure import Variant, in_turns, timing
 from potstill.extraction import linear_topk, topk
 from potstill.extraction_chunks import linear_chunks
 from potstill.kernels.cpp_topk import log_sum_exp
@@ -78,7 +78,8 @@ def figures(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
         calls = variants(x, k, (dtype, k, kind) == CASES[0])
         if kind != "gaussian":
             calls["gaussian"] = partial(topk, plain, k)
-        found += _figures(f"{str(dtype)[6:]}, k={k}, V={VOCAB:,}, {kind}", in_turns(calls, repeats))
+        about = dict(kernel="topk", rows=n, vocab=VOCAB, k=k, dtype=str(dtype)[6:], kind=kind)
+        found += _figures(f"{str(dtype)[6:]}, k={k}, V={VOCAB:,}, {kind}", in_turns(calls, repeats), about)
     for dtype in (torch.float32, torch.bfloat16):
         x = rows("gaussian", n, VOCAB, dtype)
         calls = {
@@ -86,8 +87,23 @@ def figures(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
             "torch": partial(_torch_lse, x),
             "read": read(x),
         }
-        found += _figures(f"{str(dtype)[6:]}, V={VOCAB:,}, log-sum-exp alone", in_turns(calls, repeats))
+        about = dict(kernel="log_sum_exp", rows=n, vocab=VOCAB, dtype=str(dtype)[6:], kind="gaussian")
+        found += _figures(f"{str(dtype)[6:]}, V={VOCAB:,}, log-sum-exp alone", in_turns(calls, repeats), about)
     return found + linear_figures(8 if smoke else 128, repeats)
+
+
+def cost(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
+    """Time against the vocabulary (k = 64) and against k (V = 151,936); Gaussian fp32 rows, 4 M entries a call."""
+    found = []
+    shapes = [("vocab", v, 64) for v in (4_096, 16_384, 49_152, 128_256, VOCAB, 262_144)]
+    shapes += [("k", VOCAB, k) for k in (1, 8, 64, 256, 512, 1024)]
+    for x_axis, vocab, k in shapes[:: 5 if smoke else 1]:
+        n = max(1, (40_000 if smoke else 4_000_000) // vocab)
+        x = rows("gaussian", n, vocab, torch.float32)
+        check(x[:4], k)
+        about = dict(kernel="topk", x=x_axis, rows=n, vocab=vocab, k=k, dtype="float32", kind="gaussian")
+        found += _figures(f"float32, k={k}, V={vocab:,}", in_turns(variants(x, k, False), repeats), about)
+    return found
 
 
 def linear_figures(n: int, repeats: int) -> list[dict[str, Any]]:
@@ -105,18 +121,19 @@ def linear_figures(n: int, repeats: int) -> list[dict[str, Any]]:
         "torch": lambda: each(lambda logits: (torch.topk(logits, 64), torch.logsumexp(logits, -1))),
         "read": lambda: each(lambda logits: None),
     }
-    rows = _figures(f"float32, k=64, linear_topk of {n} rows, D=1024", in_turns(calls, repeats))
+    about = dict(kernel="linear_topk", rows=n, vocab=VOCAB, k=64, dtype="float32", kind="gaussian")
+    rows = _figures(f"float32, k=64, linear_topk of {n} rows, D=1024", in_turns(calls, repeats), about)
     return [{**row, "over_gemm": row.pop("over_read"), "over_read": None} for row in rows]
 
 
-def _figures(case: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+def _figures(case: str, seconds: dict[str, list[float]], about: dict[str, Any]) -> list[dict[str, Any]]:
     taken = {name: median(x) for name, x in seconds.items()}
     return [
         {
-            "case": case, "variant": name, "seconds": taken[name], "spread": spread(seconds[name]),
+            "case": case, "variant": name, **timing(seconds[name]),
             "over_read": taken[name] / taken["read"], "speed_up": taken["torch"] / taken[name],
             "over_gaussian": taken[name] / taken["gaussian"] if "gaussian" in taken and name == "potstill" else None,
-            "over_gemm": None,
+            "over_gemm": None, **about,
         }
         for name in taken
         if name != "gaussian"
