@@ -11,10 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from potstill import divergences
-from potstill.bench import losses, objectives, rivals, run, topk
-from potstill.bench.cases import Case, Shape
+from potstill.bench import fidelity, losses, objectives, rivals, run, sweeps, topk
+from potstill.bench.cases import FRESH, Case, Shape
 from potstill.bench.command import bench
-from potstill.bench.measure import in_turns, peak_in_process
+from potstill.bench.measure import in_turns, machine, peak_in_process
+from potstill.bench.tables import fidelity_tables
 from potstill.teachers import TopK
 
 SMALL = Shape("dense", rows=33, hidden=16, teacher_hidden=24, vocab=700)
@@ -120,6 +121,8 @@ def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "extra_peak", lambda *a: 1)
     monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, vocab=1001))
     monkeypatch.setattr(objectives, "extra_peak", lambda *a: 1)
+    monkeypatch.setattr(sweeps, "MODELS", {})
+    monkeypatch.setattr(fidelity, "missing", lambda: "left to its own test")
     done = CliRunner().invoke(bench, ["all", "--smoke", "--out", str(tmp_path), "--cache", str(tmp_path / "no")])
     assert done.exit_code == 0, done.output
     assert "skipped" in done.output and "| loss, forward + backward" in done.output
@@ -147,3 +150,53 @@ def test_docs_are_written_between_the_marks(tmp_path):
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="README"):
         run.write_docs({"machine": machine, "losses": [], "topk": [], "cache": []}, tmp_path)
+
+
+def test_records_have_the_columns_of_kernel_benchmarks(tmp_path, monkeypatch):
+    """Every section's rows become records; times with percentiles; plots are drawn from the same run."""
+    monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, vocab=1001))
+    made = losses.rows(SMALL, repeats=3, compiled=False, limit=60, peaks=False, note=lambda _: None)
+    assert FRESH in {r["variant"] for r in made}
+    found = {"machine": machine(), "losses": made, "cost": topk.cost(smoke=True, repeats=3)}
+    found |= {
+        "ceilings": sweeps.ceilings(smoke=True, repeats=2),
+        "cache": [{"case": "c", "variant": "ours", "bytes": 3}],
+    }
+    found["memory"] = [{**r, "peak_bytes": 10**6} for r in made]
+    run.save({name: [] for name in run.SECTIONS} | found, tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "records.csv")))
+    shared = (
+        "kernel_name kernel_provider kernel_operation_mode metric_name metric_unit x_name x_label x_value y_value_20"
+    )
+    assert set(shared.split()) | {"y_value_50", "y_value_80", "gpu_name", "timestamp", "commit"} < set(rows[0])
+    speed = [r for r in rows if r["metric_name"] == "speed" and r["kernel_provider"] == "potstill"]
+    assert {r["kernel_name"] for r in speed} == {"linear_distill_loss_dense", "topk"}
+    assert all(0 < float(r["y_value_20"]) <= float(r["y_value_50"]) <= float(r["y_value_80"]) for r in speed)
+    assert json.loads(speed[0]["extra_benchmark_config_str"])["vocab"] == SMALL.vocab
+    drawn = {p.name for p in (tmp_path / "plots").iterdir()}
+    assert drawn == {"losses.png", "memory.png", "topk.png", "roofline.png"}
+
+
+def test_sweeps_cover_models_and_threads(monkeypatch):
+    monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, vocab=1001))
+    monkeypatch.setattr(rivals, "version", lambda package: None)
+    options = dict(smoke=True, repeats=2, limit=60, note=lambda _: None)
+    assert {r["model"] for r in sweeps.models(**options)} == set(sweeps.MODELS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert {r["threads"] for r in sweeps.threads(**options)} == {1, 2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(fidelity.missing() is not None, reason=str(fidelity.missing()))
+def test_fidelity_falls_with_k_and_step():
+    found = fidelity.figures(smoke=True)
+    by_tail = {t: [r["gradient_error"] for r in found if r["variant"] == t] for t in ("bucket", "drop", "renormalize")}
+    assert all(errors == sorted(errors, reverse=True) and errors[-1] < errors[0] for errors in by_tail.values())
+    assert all(b <= r for b, r in zip(by_tail["bucket"], by_tail["renormalize"], strict=True))
+    steps = [r for r in found if r["case"] != "k and tail"]
+    assert [r["stored_kl"] for r in steps] == sorted((r["stored_kl"] for r in steps), reverse=True)
+    assert "gradient error, bucket" in fidelity_tables({"fidelity": found})

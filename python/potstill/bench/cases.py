@@ -14,6 +14,7 @@ from potstill.losses import linear_distill_loss
 from potstill.teachers import Head, HiddenTeacher, TopK
 
 CHUNK = 256  # rows of the floor's logit buffer and of the rivals that take a chunk size
+FRESH = "products alone, outputs allocated anew"
 Loss = Callable[[], Tensor]
 
 
@@ -78,20 +79,30 @@ class Case:
         return loss.detach(), dh, dw
 
     def floors(self) -> dict[str, Callable[[], None]]:
-        """name -> the matrix products of forward and backward with nothing between them; 16-bit inputs also as fp32."""
+        """name -> the matrix products of forward and backward with nothing between them; 16-bit inputs also as fp32.
+
+        A floor writes into buffers and gradients made beforehand. FRESH allocates them in the call, as any loss must
+        that hands its gradients out: what it adds is the first touch of new pages.
+        """
         found = {"floor": self._floor(getattr(torch, self.shape.dtype))}
         if self.shape.dtype != "float32":
             found["floor, fp32"] = self._floor(torch.float32)
+        found[FRESH] = self._floor(torch.float32 if self.shape.dtype != "float64" else torch.float64, fresh=True)
         return found
 
-    def _floor(self, dtype: torch.dtype) -> Callable[[], None]:
+    def _floor(self, dtype: torch.dtype, fresh: bool = False) -> Callable[[], None]:
         tensors = [None if x is None else x.detach().to(dtype) for x in (self.h, self.w, self.th, self.tw)]
         h, w, th, tw = tensors
         assert h is not None and w is not None
-        logits, dh, dw = h.new_empty(CHUNK, len(w)), torch.empty_like(h), torch.empty_like(w)
+
+        def outputs() -> tuple[Tensor, Tensor, Tensor]:
+            return h.new_empty(CHUNK, len(w)), torch.empty_like(h), torch.empty_like(w)
+
+        kept = None if fresh else outputs()
 
         @torch.no_grad()
         def run() -> None:
+            logits, dh, dw = kept or outputs()
             for i in range(0, len(h), CHUNK):
                 chunk = logits[: len(h[i : i + CHUNK])]
                 if th is not None and tw is not None:
