@@ -10,6 +10,7 @@ What the row kernel reads (`logit_dtype`) and writes (`grad_dtype`) is planned o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 TILE = 4096  # vocabulary rows widened or accumulated at a time
+TILE_BYTES = 8 << 20  # of a widened tile: small enough for the cache
 CPU_BUDGET = 160 << 20  # bytes of one chunk buffer
 CUDA_BUDGET = 1280 << 20
 
@@ -71,8 +73,8 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
     """out [R, V] = hidden [R, D] @ weight [V, D].T + bias [V]."""
     if how.widen:
         wide = hidden.to(out.dtype)
-        for v in range(0, len(weight), TILE):
-            torch.mm(wide, weight[v : v + TILE].to(out.dtype).t(), out=out[:, v : v + TILE])
+        for v, tile in widened_tiles(weight, out.dtype):
+            torch.mm(wide, tile.t(), out=out[:, v : v + len(tile)])
     elif out.dtype == hidden.dtype:
         torch.mm(hidden, weight.t(), out=out)
     else:
@@ -87,9 +89,18 @@ def hidden_gradient_into(out: Tensor, grad: Tensor, weight: Tensor, how: Plan) -
         torch.mm(grad, weight, out=out)
         return
     acc = torch.zeros(out.shape, dtype=grad.dtype, device=out.device)
-    for v in range(0, len(weight), TILE):
-        acc.addmm_(grad[:, v : v + TILE], weight[v : v + TILE].to(grad.dtype))
+    for v, tile in widened_tiles(weight, grad.dtype):
+        acc.addmm_(grad[:, v : v + len(tile)], tile)
     out.copy_(acc)
+
+
+def widened_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows as `dtype`) of weight [V, D], in one buffer of at most TILE_BYTES that each tile overwrites."""
+    rows = max(1, min(TILE, TILE_BYTES // (weight.shape[1] * dtype.itemsize)))
+    buffer = torch.empty((min(rows, len(weight)), weight.shape[1]), dtype=dtype, device=weight.device)
+    for v in range(0, len(weight), rows):
+        part = weight[v : v + rows]
+        yield v, buffer[: len(part)].copy_(part)
 
 
 def weight_gradient_add(acc: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
