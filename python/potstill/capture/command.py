@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from . import server_command
+
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 
@@ -62,6 +64,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 )
 @click.option("--shard-mb", default=64, show_default=True, help="Size at which a shard is committed.")
 @click.option("--commit-seconds", default=300.0, show_default=True, help="Longest time between commits.")
+@server_command.server_options
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
     """Write the K most probable next tokens of MODEL over DATA into the cache OUT.
@@ -72,6 +75,9 @@ def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
 
     Many processes may fill one OUT at once, under torchrun, accelerate or srun, or started by hand with --shard.
     Another number of processes may continue.
+
+    With --server URL the rows are asked of a running vLLM, SGLang or OpenAI-like server: MODEL is then the name under
+    which it serves the teacher, and the tokenizer is loaded from there or from --tokenizer.
     """
     try:
         finished = _run(model, data, out, options)
@@ -89,40 +95,11 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
     if o["k"] < 1 or o["length"] < 1 or o["batch_size"] < 1 or o["shard_mb"] < 1:
         raise ValueError("--k, --length, --batch-size and --shard-mb must be at least 1")
     mine = rank_and_world(o["shard"])
+    server_command.check(o)
     texts = open_text(data, text_field=o["text_field"], suffixes=o["suffixes"] or SUFFIXES)
-    from .build import build as run_build
-    from .models import load_model
-
     with _terminate_as_interrupt():
-        loaded = load_model(
-            model,
-            tokenizer=o["tokenizer"],
-            revision=o["revision"],
-            dtype=o["dtype"],
-            device=o["device"],
-            trust_remote_code=o["trust_remote_code"],
-        )
-        report = run_build(
-            loaded.model,
-            loaded.tokenizer,
-            texts,
-            out,
-            k=o["k"],
-            length=o["length"],
-            pack=o["pack"],
-            values=o["values"],
-            temperatures=(1.0, *(t for t in o["temperatures"] if t != 1)),
-            token_log_probs=o.get("token_log_probs", False),
-            batch_size=o["batch_size"],
-            max_tokens=o["max_tokens"],
-            add_special_tokens=not o["no_special_tokens"],
-            shard_bytes=o["shard_mb"] << 20,
-            commit_seconds=o["commit_seconds"],
-            shard=mine,
-            teacher=loaded.name,
-            teacher_revision=loaded.revision,
-            progress=not o["quiet"] and mine.rank == 0,
-        )
+        run = server_command.run if o["server"] else _run_local
+        report = run(model, texts, out, o, mine)
     rate = report.new_tokens / report.seconds if report.seconds else 0.0
     click.echo(
         f"{report.path}: {report.sequences:,} sequences, {report.tokens:,} tokens, {_size(report.bytes)}, "
@@ -133,11 +110,48 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
         f"{part}: {report.new_sequences:,} sequences, {report.new_tokens:,} tokens in "
         f"{report.seconds:.1f} s ({rate:,.0f} tokens/s)"
     )
+    if o["server"]:
+        server_command.show(report)
     if texts.skipped:
         click.echo(f"left out: {len(texts.skipped)} files that are not UTF-8 (first: {texts.skipped[0]})")
     if not report.finished:
         click.echo("stopped: all of the above is saved; run the same command again to go on", err=True)
-    return report.finished
+    return bool(report.finished)
+
+
+def _run_local(model: str, texts: Any, out: str, o: dict[str, Any], mine: Shard) -> Any:
+    from .build import build as run_build
+    from .models import load_model
+
+    loaded = load_model(
+        model,
+        tokenizer=o["tokenizer"],
+        revision=o["revision"],
+        dtype=o["dtype"],
+        device=o["device"],
+        trust_remote_code=o["trust_remote_code"],
+    )
+    return run_build(
+        loaded.model,
+        loaded.tokenizer,
+        texts,
+        out,
+        k=o["k"],
+        length=o["length"],
+        pack=o["pack"],
+        values=o["values"],
+        temperatures=(1.0, *(t for t in o["temperatures"] if t != 1)),
+        token_log_probs=o.get("token_log_probs", False),
+        batch_size=o["batch_size"],
+        max_tokens=o["max_tokens"],
+        add_special_tokens=not o["no_special_tokens"],
+        shard_bytes=o["shard_mb"] << 20,
+        commit_seconds=o["commit_seconds"],
+        shard=mine,
+        teacher=loaded.name,
+        teacher_revision=loaded.revision,
+        progress=not o["quiet"] and mine.rank == 0,
+    )
 
 
 @contextlib.contextmanager
