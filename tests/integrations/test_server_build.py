@@ -204,6 +204,20 @@ def test_an_interrupt_keeps_what_is_there(model, tokenizer, tmp_path, monkeypatc
     assert abs(loss(model, ps.cache.open(tmp_path / "c"))) < 1e-6
 
 
+def test_processes_share_the_asking(model, tokenizer, tmp_path):
+    with row_server.RowServer(model, tokenizer) as server:
+        whole = build(server, tokenizer, tmp_path / "whole")
+        everything = sorted(server.asked)
+        server.asked.clear()
+        parts = [build(server, tokenizer, tmp_path / "c", shard=(i, 3)) for i in range(3)]
+        assert sorted(server.asked) == everything and sum(p.new_sequences for p in parts) == whole.sequences
+    one, two = ps.cache.open(tmp_path / "whole"), ps.cache.open(tmp_path / "c")
+    assert sorted(one.keys()) == sorted(two.keys())
+    for key in one.keys():
+        for a, b in zip(one.numpy(key), two.numpy(key), strict=True):
+            assert np.array_equal(a, b)
+
+
 def spoil(at, value):
     """A change of vLLM's answers: entry `at` of the prompt gets a log-probability that cannot be."""
 

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -361,3 +362,10 @@ def test_self_distillation_is_zero_through_every_adapter(model, k):
         shifted = rows.topk._map(lambda x: x.roll(1, 0))
         assert loss(shifted, at & at.roll(1)) > 0.05, name
     assert len(names) == 7
+
+
+def test_the_snippet_of_the_docs_runs(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "servers.md").read_text(), re.S)
+    exec(snippet, {})

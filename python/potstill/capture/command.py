@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from . import server_command
+from .plan import Shard
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 

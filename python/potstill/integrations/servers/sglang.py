@@ -78,9 +78,12 @@ def sglang_rows(meta_info: Mapping[str, Any], tokens: Any, *, k: int, vocab_size
 def _position(entries: Any, realised: float | None) -> Position:
     if not entries:
         return MISSING
-    if not isinstance(entries, Sequence) or not all(_is_entry(e) for e in entries):
+    if not isinstance(entries, Sequence) or not set(map(type, entries)) <= {list, tuple}:
         return MALFORMED
-    return [e[1] for e in entries], [e[0] for e in entries], realised
+    if not set(map(len, entries)) <= {2, 3}:
+        return MALFORMED
+    values, ids = [e[0] for e in entries], [e[1] for e in entries]
+    return (ids, values, realised) if numbers(values) and set(map(type, ids)) <= {int} else MALFORMED
 
 
 def _is_entry(entry: Any, first: bool = False) -> bool:

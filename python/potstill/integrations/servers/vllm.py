@@ -131,7 +131,7 @@ def completion_position(generated: Any) -> Position:
 
 def numbers(values: list[Any]) -> bool:
     """True where every value is an int or a float, and none a bool."""
-    return all(type(v) is float or type(v) is int for v in values)
+    return set(map(type, values)) <= {float, int}
 
 
 def excerpt(value: Any, length: int = 200) -> str:
