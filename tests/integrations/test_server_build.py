@@ -76,7 +76,7 @@ def test_a_build_from_a_server_is_the_model(model, tokenizer, tmp_path, kind):
 
 
 def test_the_local_build_and_the_server_give_the_same_rows(model, tokenizer, tmp_path):
-    from potstill.capture.build import build as build_locally
+    from potstill.capture import build as build_locally  # the function, whatever was imported before
 
     words = {"k": 12, "length": 16, "pack": True, "values": "fp32"}
     with row_server.RowServer(model, tokenizer) as server:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .build import BuildReport, build, cache_spec
+    from .builder import BuildReport, build, cache_spec
     from .hidden import final_hidden
     from .models import Loaded, load_model, load_tokenizer, tokenizer_hash
     from .plan import Shard, rank_and_world, shard_of
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .text import Document, TextSource, open_text
 
 _HOMES = {
-    "BuildReport": "build",
-    "build": "build",
-    "cache_spec": "build",
+    "BuildReport": "builder",
+    "build": "builder",
+    "cache_spec": "builder",
     "final_hidden": "hidden",
     "Loaded": "models",
     "load_model": "models",

@@ -1,4 +1,4 @@
-"""`potstill build`: the command line of `potstill.capture.build`."""
+"""`potstill build`: the command line of `potstill.capture.build`, and of its like for servers."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
 
 
 def _run_local(model: str, texts: Any, out: str, o: dict[str, Any], mine: Shard) -> Any:
-    from .build import build as run_build
+    from .builder import build as run_build
     from .models import load_model
 
     loaded = load_model(

@@ -18,7 +18,7 @@ from .. import cache as ps_cache
 from ..integrations.servers import openai, sglang, vllm
 from ..integrations.servers.http import Client, ServerError, Stopped
 from ..integrations.servers.rows import ServerRows
-from .build import BuildReport, _Committed, _documents, _Progress
+from .builder import BuildReport, _Committed, _documents, _Progress
 from .models import tokenizer_hash
 from .plan import Shard, rank_and_world
 from .sequences import TokenSequence, token_sequences

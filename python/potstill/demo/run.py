@@ -22,7 +22,7 @@ from potstill import __version__
 from potstill import cache as ps_cache
 from potstill.bench import losses
 from potstill.bench.cases import Shape
-from potstill.capture.build import BuildReport, build
+from potstill.capture.builder import BuildReport, build
 from potstill.capture.models import load_model
 from potstill.capture.sequences import token_sequences
 from potstill.capture.text import Document
