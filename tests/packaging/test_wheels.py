@@ -74,7 +74,7 @@ def test_every_road_gives_one_package(tree, tmp_path):
     (wheel,) = out.glob("*.whl")
     assert {f"potstill/_cpp{suffix}", f"potstill/_rust{suffix}", "potstill/py.typed"} <= contents(wheel)
     assert sum(name.endswith(".so") for name in contents(wheel)) == 2
-    assert [name for name in contents(wheel) if name.endswith(".cyclonedx.json")], "a bill of materials of the Rust crates"
+    assert [name for name in contents(wheel) if name.endswith(".cyclonedx.json")], "a bill of materials of the crates"
     python = environment(tmp_path / "from-wheel")
     call(*UV, "pip", "install", "--python", python, "--no-deps", wheel)
     assert str(tmp_path / "from-wheel") in check(python, tmp_path)

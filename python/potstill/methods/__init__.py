@@ -1,8 +1,9 @@
 """What published methods need beyond the losses, and every published method as a recipe: `catalog()`.
 
-Hidden states, relations, contrasts, restricted vocabularies, preferences, averaged teachers, schedules, samplers, metrics,
-blocks. Modules and names are imported on first use. Functions are named for what they compute; docstrings say which paper
-it is and how well its formula is known ("read in the authors' code", "read in the paper", "second hand", "from memory").
+Hidden states, relations, contrasts, restricted vocabularies, preferences, averaged teachers, schedules, samplers,
+metrics, blocks. Modules and names are imported on first use. Functions are named for what they compute; docstrings say
+which paper it is and how well its formula is known ("read in the authors' code", "read in the paper", "second hand",
+"from memory").
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from potstill.methods import (
-        blocks, contrastive, ema, hidden, metrics, preference, relation, restricted, samplers, schedules, scoring,
+        blocks,
+        contrastive,
+        ema,
+        hidden,
+        metrics,
+        preference,
+        relation,
+        restricted,
+        samplers,
+        schedules,
+        scoring,
         speculative,
     )  # fmt: skip
 
