@@ -19,6 +19,10 @@ COMMANDS = {
     "inspect": ("potstill.cli:inspect", "Say what a cache holds."),
     "verify": ("potstill.cli:verify", "Check every byte of a cache; exit 1 when something is wrong."),
     "recover": ("potstill.cli:recover", "Keep what is whole of a damaged or interrupted cache."),
+    "convert": ("potstill.commands:convert", "Write a cache as another file, or a file as a cache."),
+    "merge": ("potstill.commands:merge", "Put several caches into one."),
+    "split": ("potstill.commands:split", "Divide a cache among several."),
+    "card": ("potstill.commands:card", "Write a dataset card for a cache."),
     "demo": ("potstill.demo.command:demo", "Distil a small model from a cache and report what was gained."),
     "bench": ("potstill.bench.command:bench", "Measure the kernels and the cache beside their rivals."),
     "doctor": ("potstill.cli:doctor", "Say what was built, what the machine has, which kernels serve it."),
@@ -92,22 +96,45 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
 
 @click.command()
 @CACHE
+@click.option("--rows", type=click.IntRange(0), default=8192, show_default=True,
+              help="Rows to look at, spread evenly; 0 for none.")  # fmt: skip
+@click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A cache of the same sequences, fp32 say: how far this one is from it.")  # fmt: skip
 @AS_JSON
-def inspect(path: Path, as_json: bool) -> None:
-    """Say what the cache in the folder PATH holds: its spec, sequences, tokens, bytes a token."""
-    from potstill.cache import tools
+def inspect(path: Path, rows: int, against: Path | None, as_json: bool) -> None:
+    """Say what the cache in the folder PATH holds: its spec, sizes, what its rows look like, how true they are."""
+    from potstill import cache
+    from potstill.cache import statistics, tools
 
-    show(tools.inspect_cache(path), as_json)
+    facts = tools.inspect_cache(path)
+    if rows:
+        opened = cache.open(path)
+        facts["distributions"] = statistics.distributions(opened, rows)
+        if against is not None:
+            facts["fidelity"] = statistics.fidelity(opened, against, rows)
+    if not as_json:  # one line for all shards, one for each distribution
+        shards = facts.pop("shards")
+        facts["shards"] = len(shards)
+        facts["parts"] = {
+            name: sum(s["parts"][name] for s in shards) for name in ("header", "tables", "blocks", "index")
+        }
+        found = facts.pop("distributions", {})
+        facts |= {
+            name: {q: f"{x:.4g}" for q, x in d.items()} if isinstance(d, dict) else d for name, d in found.items()
+        }
+        facts |= {f"against_{name}": f"{x:.3g}" for name, x in facts.pop("fidelity", {}).items()}
+    show(facts, as_json)
 
 
 @click.command()
 @CACHE
+@click.option("--deep", is_flag=True, help="Decode every row too, and check its ids, order, mass and hashes.")
 @AS_JSON
-def verify(path: Path, as_json: bool) -> None:
-    """Check every checksum and bound of the cache in the folder PATH. Exit 1 when something is wrong."""
+def verify(path: Path, deep: bool, as_json: bool) -> None:
+    """Check every byte of the cache in the folder PATH against its checksums. Exit 1 when something is wrong."""
     from potstill.cache import tools
 
-    report = tools.verify_cache(path)
+    report = tools.verify_cache(path, deep=deep)
     problems = [str(problem) for problem in report.problems]
     facts = {"sequences": report.sequences, "tokens": report.tokens, "bytes": report.bytes}
     if as_json:

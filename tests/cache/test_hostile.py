@@ -232,6 +232,7 @@ def test_pitfall_28_verify_finds_values_that_no_writer_makes(forged, lab):
     reforge(path, lab, put("<H", ("payload", 40 + 56), 0))  # the first surprisal of row 0 becomes 0: mass above 1
     problems = [str(p) for p in cache.verify_cache(path).problems]
     assert any("block 0" in p and "sum to" in p for p in problems), problems
+    assert cache.verify_cache(path, deep=False).ok  # every checksum is right: `verify --deep` decodes rows
 
 
 def test_pitfall_28_a_bomb_stays_small(forged, lab):

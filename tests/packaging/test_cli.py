@@ -53,9 +53,20 @@ def test_help_is_quick_and_imports_nothing_heavy():
         seconds.append(children_seconds() - before)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip().endswith("LOADED")
-    for name in ("build", "inspect", "verify", "recover", "demo", "doctor"):
+    for name in ("build", "inspect", "verify", "recover", "convert", "merge", "split", "card", "demo", "doctor"):
         assert f"\n  {name} " in done.stdout
     assert min(seconds) < 0.4  # of processor time: the other tests must not count
+
+
+def test_help_of_the_tools_is_quick():  # one module holds them all
+    check = f"import atexit; atexit.register(lambda: print('LOADED', *(set({HEAVY}) & set(sys.modules))))"
+    seconds = []
+    for _ in range(3):
+        before = children_seconds()
+        done = potstill("convert", "--help", before=check)
+        seconds.append(children_seconds() - before)
+        assert done.returncode == 0 and done.stdout.strip().endswith("LOADED"), done.stderr + done.stdout
+    assert min(seconds) < 0.4
 
 
 def test_every_listed_command_exists():
@@ -81,6 +92,12 @@ def test_cache_tools_work_without_torch(tmp_path):
     good = potstill("verify", tmp_path / "cache", before=NO_TORCH)
     assert good.returncode == 0 and "3 sequences" in good.stdout, good.stderr
     assert potstill("recover", tmp_path / "cache", before=NO_TORCH).returncode == 0
+    commands = [["convert", "cache", "rows.safetensors"], ["convert", "rows.safetensors", "back"],
+                ["merge", "cache", "back", "both"], ["split", "both", "x", "y"], ["card", "both"]]  # fmt: skip
+    code = f"import os, sys\n{NO_TORCH}\nos.chdir({str(tmp_path)!r})\nfrom potstill.cli import main\n"
+    code += f"for c in {commands}: main.main(c, standalone_mode=False)\nmain(['verify', '--deep', 'both'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_verify_fails_on_a_damaged_cache_and_says_where(tmp_path):

@@ -12,6 +12,7 @@ pub mod files;
 pub mod format;
 mod handles;
 pub mod log;
+pub mod merge;
 mod owned;
 pub mod reader;
 pub mod recover;

@@ -147,12 +147,16 @@ impl Reader {
         self.entry(sequence).token_hash
     }
 
+    pub fn content_hash(&self, sequence: usize) -> u128 {
+        self.entry(sequence).content_hash
+    }
+
     fn entry(&self, sequence: usize) -> &crate::format::footer::SequenceEntry {
         let place = self.places[sequence];
         &self.shards[place.shard].footer.sequences[place.sequence]
     }
 
-    fn key(&self, sequence: usize) -> &str {
+    pub fn key(&self, sequence: usize) -> &str {
         &self.entry(sequence).key
     }
 

@@ -77,7 +77,7 @@ fn set_free(root: &Path, name: &str, aside: &Path) -> Result<()> {
     fs::rename(&path, &open).map_err(Error::io("move", &path))
 }
 
-fn shard_damage(root: &Path, name: &str, spec: &Spec) -> Option<String> {
+pub(crate) fn shard_damage(root: &Path, name: &str, spec: &Spec) -> Option<String> {
     let shard = match open_shard(root, name, spec) {
         Ok(shard) => shard,
         Err(e) => return Some(e.to_string()),

@@ -111,7 +111,7 @@ proptest! {
             prop_assert_eq!(&tokens, &s.tokens);
             prop_assert!(got.same(s));
         }
-        prop_assert!(verify(&root).ok);
+        prop_assert!(verify(&root, true).ok);
     }
 
     #[test]
@@ -139,7 +139,7 @@ proptest! {
         let at = place.index(bytes.len());
         bytes[at] ^= bits;
         std::fs::write(&shard, &bytes).expect("written");
-        let report = verify(&root);
+        let report = verify(&root, true);
         prop_assert!(!report.ok && !report.problems.is_empty());
         if let Ok(reader) = Reader::open(&root) {
             let mut got = Sequence::empty(s.tokens.len());

@@ -155,8 +155,16 @@ fn as_json(value: &impl serde::Serialize) -> String {
 
 /// A report on the whole cache, as JSON; raises nothing for damage.
 #[pyfunction]
-pub fn verify(py: Python<'_>, path: PathBuf) -> String {
-    py.detach(|| as_json(&tools::verify(&path)))
+#[pyo3(signature = (path, deep=true))]
+pub fn verify(py: Python<'_>, path: PathBuf, deep: bool) -> String {
+    py.detach(|| as_json(&tools::verify(&path, deep)))
+}
+
+/// Writes a new cache of the shards of others; what it holds, as JSON.
+#[pyfunction]
+pub fn merge(py: Python<'_>, sources: Vec<PathBuf>, path: PathBuf) -> PyResult<String> {
+    let merged = py.detach(|| potstill_core::merge::merge(&sources, &path));
+    merged.map(|m| as_json(&m)).map_err(|e| to_python(py, e))
 }
 
 /// A summary of the cache, as JSON.

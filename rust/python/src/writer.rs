@@ -59,6 +59,11 @@ impl Writer {
         py.detach(|| inner.add(key, &rows)).map_err(|e| to_python(py, e))
     }
 
+    /// From here on the mass of a row may be above 1 by what a cache's rounding adds.
+    fn accept_rounded(&mut self) {
+        self.inner.accept_rounded();
+    }
+
     /// Commits what was added; the shard's name, or None when nothing was new.
     fn flush(&mut self, py: Python<'_>) -> PyResult<Option<String>> {
         let inner = &mut self.inner;

@@ -158,6 +158,11 @@ impl Writer {
         added
     }
 
+    /// From here on rows may be such as a cache holds: the codec's rounding may have lifted their mass.
+    pub fn accept_rounded(&mut self) {
+        self.checker = Checker::stored(&self.state.spec);
+    }
+
     /// Adds rows that a cache held before: the codec's rounding may have lifted their mass.
     pub(crate) fn add_stored(&mut self, key: &str, rows: &Rows<'_>) -> Result<bool> {
         let strict = std::mem::replace(&mut self.checker, Checker::stored(&self.state.spec));
