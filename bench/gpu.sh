@@ -29,7 +29,14 @@ workers=$(($(nproc) < 12 ? $(nproc) : 12))
 step build 150 "$PYTHON" setup.py build_ext --inplace
 # tests/cache and the folders above it need the Rust extension; the gpu tests do not
 step tests 190 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider "${parallel[@]}" tests/kernels tests/test_*.py
-step bench 115 "$PYTHON" bench/gpu_first.py --out "$OUT/gpu_first.json" --seconds 75
+# memory errors of the CUDA kernels, where the toolkit has its sanitizer
+if command -v compute-sanitizer >/dev/null; then
+    step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 1 \
+        "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -x tests/kernels/test_topk_gpu.py -k "alignment or adjacent or tokens"
+else
+    echo "compute-sanitizer is not here: skipped"
+fi
+step losses 115 "$PYTHON" bench/gpu_losses.py --out "$OUT/gpu_losses.json" --seconds 75
 step topk 80 "$PYTHON" bench/gpu_topk.py --out "$OUT/gpu_topk.json" --seconds 50
 
 if ((${#failed[@]})); then

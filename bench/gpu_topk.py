@@ -9,20 +9,15 @@ against a stable sort on the first and last rows, all log-probabilities against 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_first import Bench, Variant
+from gpu_bench import Bench, options, write
 from potstill import dispatch
+from potstill.bench.measure import Variant
 from potstill.rows import Side
 from torch import Tensor
-
-COLUMNS = ("case", "variant", "ms", "over_floor", "floor_ms", "peak_bytes", "error", "wrong", "failed", "skipped")
 
 
 def fill(x: Tensor, kind: str) -> None:
@@ -78,19 +73,15 @@ def topk_case(bench: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype, k
     def value(out: tuple[Tensor, ...]) -> Tensor:
         return out[1].sort(-1).values
 
-    bench.case(label, variants, lambda: half.copy_(x[: rows // 2]), value, 1e-5)
+    about = dict(kernel="topk", mode="forward", rows=rows, vocab=vocab, k=k, dtype=str(dtype)[6:], kind=kind)
+    bench.case(label, variants, lambda: half.copy_(x[: rows // 2]), value, 1e-5, **about)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="gpu_topk.json")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: checks this script, measures nothing")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    bench = Bench(device, options.seconds, repeats=2 if options.tiny else 11)
-    rows, vocab = (34, 3000) if options.tiny else (8192, 151936)
+    chosen = options(__doc__, "gpu_topk.json", 60.0)
+    device = torch.device(chosen.device)
+    bench = Bench(device, chosen.seconds, repeats=2 if chosen.tiny else 11)
+    rows, vocab = (34, 3000) if chosen.tiny else (8192, 151936)
     torch.manual_seed(0)
     bf16, fp32 = torch.bfloat16, torch.float32
     topk_case(bench, rows, vocab, 64, bf16, "gaussian", rivals=True)
@@ -100,21 +91,7 @@ def main() -> int:
     for k in (512, 1024):
         topk_case(bench, rows, vocab, k, bf16, "gaussian", rivals=False)
     topk_case(bench, rows // 32 * 2, vocab, 64, bf16, "gaussian", rivals=False)
-    cuda = device.type == "cuda"
-    report = {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor(), "torch": torch.__version__,
-        "cuda": torch.version.cuda, "python": platform.python_version(), "tiny": options.tiny, "rows": bench.rows,
-    }  # fmt: skip
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
-    with open(Path(options.out).with_suffix(".csv"), "w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        table.writerows(bench.rows)
-    bad = [row for row in bench.rows if "wrong" in row or "failed" in row]
-    for row in bad:
-        print(f"{row['case']}: {row['variant']}: {row.get('wrong') or row['failed']}")
-    print(f"{len(bench.rows) - len(bad)} rows written to {options.out}, {len(bad)} wrong or failed")
-    return 1 if bad else 0
+    return write(bench, Path(chosen.out), chosen.tiny)
 
 
 if __name__ == "__main__":

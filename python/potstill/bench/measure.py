@@ -105,6 +105,20 @@ def _triton() -> str:
         return ""
 
 
+def _gpu() -> dict[str, str]:
+    """Name and driver of the first CUDA device; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip().splitlines()[:1]
+    except OSError:
+        driver = []
+    return {"gpu": torch.cuda.get_device_name(), "driver": "".join(driver)}
+
+
 def machine() -> dict[str, Any]:
     """What the figures were made on."""
     import torch
@@ -125,6 +139,7 @@ def machine() -> dict[str, Any]:
         "triton": _triton(),
         "python": platform.python_version(),
         "potstill": __version__,
+        **_gpu(),
     }
 
 

@@ -168,6 +168,18 @@ def fidelity(figure: Any, found: Row) -> bool:
     return True
 
 
+def gpu(figure: Any, found: Row) -> bool:
+    """Time over the floor of each case, one panel a kernel family."""
+    rows = [r for r in found.get("gpu", []) if r.get("over_floor") is not None]
+    if not rows:
+        return False
+    kernels = list(dict.fromkeys(r["kernel"] for r in rows))
+    for axes, kernel in zip(figure.subplots(len(kernels), 1, squeeze=False)[:, 0], kernels, strict=True):
+        bars(axes, [r for r in rows if r["kernel"] == kernel], "over_floor")
+        finish(axes, "", "time / floor", kernel)
+    return True
+
+
 def work(row: Row) -> tuple[float, float]:
     """(flop of the matrix products, bytes of inputs and gradients read or written once)."""
     t, d, teacher, v = (row[x] for x in ("rows", "hidden", "teacher_hidden", "vocab"))
@@ -179,7 +191,7 @@ FIGURES: dict[str, tuple[Callable[[Any, Row], bool], tuple[float, float]]] = {
     "models": (over_gemms("models", "Loss on the shapes of real models, 128 rows"), (8, 3.6)),
     "memory": (memory, (8, 3.2)), "topk": (topk, (8, 3.2)),
     "threads": (threads, (4.5, 3.4)), "roofline": (roofline, (5.5, 3.6)),
-    "fidelity": (fidelity, (5.5, 3.6)),
+    "fidelity": (fidelity, (5.5, 3.6)), "gpu": (gpu, (9, 14)),
 }  # fmt: skip
 
 

@@ -93,6 +93,16 @@ def of_topk(row: Row) -> Iterator[Row]:
             yield record(row, kernel, "forward", row.get("x", "vocab"), metric, "ratio", row[column], config)
 
 
+def of_gpu(row: Row) -> Iterator[Row]:
+    if "seconds" not in row:
+        return
+    config = ("vocab", "hidden", "k", "dtype", "kind")
+    yield record(row, row["kernel"], row["mode"], "rows", "speed", "ms", milliseconds(row), config)
+    yield record(row, row["kernel"], row["mode"], "rows", "time_over_floor", "ratio", row["over_floor"], config)
+    if row.get("peak_bytes") is not None:
+        yield record(row, row["kernel"], row["mode"], "rows", "memory", "MB", row["peak_bytes"] / 1e6, config)
+
+
 def of_figures(kernel: str) -> Any:
     """For sections whose rows hold a "case" and one or more numbers by name."""
 
@@ -108,7 +118,7 @@ def of_figures(kernel: str) -> Any:
 
 MAKERS = {
     "losses": of_losses, "models": of_losses, "threads": of_losses, "memory": of_memory,
-    "divergences": of_divergences, "precision": of_precision, "topk": of_topk, "cost": of_topk,
+    "divergences": of_divergences, "precision": of_precision, "gpu": of_gpu, "topk": of_topk, "cost": of_topk,
     "cache": of_figures("cache"), "xtok": of_figures("xtok"),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""First benchmark on a GPU: row kernels and losses beside eager PyTorch and torch.compile.
+"""Losses on a GPU: row kernels and losses beside eager PyTorch and torch.compile.
 
-    python bench/gpu_first.py [--out gpu_first.json] [--seconds 150] [--tiny] [--device cuda]
+    python bench/gpu_losses.py [--out gpu_losses.json] [--seconds 150] [--tiny] [--device cuda]
 
 Variants of one case are interleaved, call by call, and reported as medians with their peak memory beyond the
 inputs. A variant whose result differs from the first one's is reported as wrong, without a time. Floors: for
@@ -9,11 +9,6 @@ rows a copy of the same bytes, for losses the matrix products alone. Cases past 
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,85 +16,13 @@ from typing import Any
 import potstill as ps
 import torch
 import torch.nn.functional as F
+from gpu_bench import Bench, options, write
 from potstill import dispatch, divergences
+from potstill.bench.measure import Variant
 from potstill.rows import RowSpec, Side
 from torch import Tensor
 
-Variant = Callable[[], Any]
 K = 64
-
-
-class Bench:
-    """Runs cases until the time is up and keeps their rows."""
-
-    def __init__(self, device: torch.device, seconds: float, repeats: int):
-        self.device, self.end, self.repeats = device, time.perf_counter() + seconds, repeats
-        self.rows: list[dict[str, Any]] = []
-
-    def time_once(self, call: Variant) -> float:
-        """Milliseconds."""
-        if self.device.type == "cpu":
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after)
-
-    def peak(self, call: Variant) -> int | None:
-        """Bytes allocated at most during the call beyond what was there before."""
-        if self.device.type == "cpu":
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - start
-
-    def case(
-        self, name: str, variants: dict[str, Variant], floor: Variant, value: Callable[[Any], Tensor],
-        tolerance: float,
-    ) -> None:  # fmt: skip
-        """Check and time the variants; the first one is the eager baseline."""
-        if time.perf_counter() > self.end:
-            self.rows.append({"case": name, "skipped": "the time was used up"})
-            return
-        ready: dict[str, Variant] = {}
-        truth = None
-        for label, call in variants.items():
-            row: dict[str, Any] = {"case": name, "variant": label}
-            try:
-                got = value(call()).double()
-                truth = got if truth is None else truth
-                error = ((got - truth).abs().max() / truth.abs().max().clamp_min(1e-30)).item()
-                row["error"] = error
-                if error <= tolerance:
-                    row["peak_bytes"] = self.peak(call)
-                    ready[label] = call
-                else:
-                    row["wrong"] = f"differs from {next(iter(variants))} by {error:.2e}, more than {tolerance}"
-            except (RuntimeError, ValueError, TypeError) as failure:
-                row["failed"] = f"{type(failure).__name__}: {failure}"[:600]
-            self.rows.append(row)
-        ready["floor"] = floor
-        times: dict[str, list[float]] = {label: [] for label in ready}
-        for i in range(self.repeats + 2):
-            for label, call in ready.items():
-                taken = self.time_once(call)
-                if i >= 2:
-                    times[label].append(taken)
-        floor_ms = statistics.median(times.pop("floor"))
-        for row in self.rows:
-            if row["case"] == name and row["variant"] in times:
-                row["ms"] = statistics.median(times[row["variant"]])
-                row["over_floor"], row["floor_ms"] = row["ms"] / floor_ms, floor_ms
-        for row in (r for r in self.rows if r["case"] == name):
-            print(json.dumps(row), flush=True)
 
 
 def row_case(bench: Bench, name: str, form: str, x: Tensor, y: Tensor, entries: tuple[Tensor, ...]) -> None:
@@ -126,7 +49,8 @@ def row_case(bench: Bench, name: str, form: str, x: Tensor, y: Tensor, entries: 
     served = [k for k in dispatch.kernels(facts.op) if k.refuses(facts) is None]
     variants = {k.backend: variant(k.run) for k in sorted(served, key=lambda k: k.rank)}
     label = f"{form} rows {name} {x.dtype} [{rows}, {vocab}]"
-    bench.case(label, variants, copy, lambda out: torch.cat([out[0], grad.float().abs().sum(1)]), 0.02)
+    about = dict(kernel=f"{form}_rows_{name}", mode="full", rows=rows, vocab=vocab, dtype=str(x.dtype)[6:])
+    bench.case(label, variants, copy, lambda out: torch.cat([out[0], grad.float().abs().sum(1)]), 0.02, **about)
 
 
 def row_cases(bench: Bench, rows: int, vocab: int) -> None:
@@ -172,7 +96,8 @@ def block_cases(bench: Bench, rows: int, vocab: int) -> None:
 
                 variants[f"BLOCK={block} warps={warps}"] = run
             label = f"triton dense blocks {name} bf16 [{rows}, {vocab}]"
-            bench.case(label, variants, lambda: grad.copy_(x), lambda out: out[0], 1e-4)
+            about = dict(kernel="triton_blocks", mode="full", rows=rows, vocab=vocab, dtype="bfloat16")
+            bench.case(label, variants, lambda: grad.copy_(x), lambda out: out[0], 1e-4, **about)
     finally:
         triton_rows.launch_shape = chosen
 
@@ -241,7 +166,8 @@ def loss_cases(bench: Bench, rows: int, vocab: int, width: int, compiled: bool) 
         fused = torch.compile(eager_loss)
         variants["torch.compile"] = step(lambda: fused(hidden, weight, t_hidden, t_weight))
     label = f"linear_distill_loss bf16 rows={rows} V={vocab} D={width}"
-    bench.case(label, variants, products(True), values, 0.02)
+    about: dict[str, Any] = dict(mode="full", rows=rows, vocab=vocab, hidden=width, dtype="bfloat16")
+    bench.case(label, variants, products(True), values, 0.02, kernel="linear_distill_loss_dense", **about)
 
     with torch.no_grad():
         found = ps.linear_topk(t_hidden, ps.Head(t_weight), K)
@@ -252,36 +178,21 @@ def loss_cases(bench: Bench, rows: int, vocab: int, width: int, compiled: bool) 
     }
     if bench.device.type == "cuda":
         variants["potstill cuda"] = step(lambda: ps.linear_distill_loss(hidden, ps.Head(weight), found, backend="cuda"))
-    bench.case(f"{label} TopK k={K}", variants, products(False), values, 0.02)
+    about |= dict(kernel="linear_distill_loss_sparse", k=K)
+    bench.case(f"{label} TopK k={K}", variants, products(False), values, 0.02, **about)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="gpu_first.json")
-    parser.add_argument("--seconds", type=float, default=150.0)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: checks this script, measures nothing")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    bench = Bench(device, options.seconds, repeats=2 if options.tiny else 15)
-    rows, vocab, tokens, width = (8, 1000, 16, 32) if options.tiny else (2048, 151936, 8192, 2048)
+    chosen = options(__doc__, "gpu_losses.json", 150.0)
+    device = torch.device(chosen.device)
+    bench = Bench(device, chosen.seconds, repeats=2 if chosen.tiny else 15)
+    rows, vocab, tokens, width = (8, 1000, 16, 32) if chosen.tiny else (2048, 151936, 8192, 2048)
     torch.manual_seed(0)
-    loss_cases(bench, tokens, vocab, width, compiled=not options.tiny)
+    loss_cases(bench, tokens, vocab, width, compiled=not chosen.tiny)
     row_cases(bench, rows, vocab)
     if device.type == "cuda":
         block_cases(bench, rows, vocab)
-    cuda = device.type == "cuda"
-    report = {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor(),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "tiny": options.tiny, "rows": bench.rows,
-    }  # fmt: skip
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
-    bad = [row for row in bench.rows if "wrong" in row or "failed" in row]
-    for row in bad:
-        print(f"{row['case']}: {row['variant']}: {row.get('wrong') or row['failed']}")
-    print(f"{len(bench.rows) - len(bad)} rows written to {options.out}, {len(bad)} wrong or failed")
-    return 1 if bad else 0
+    return write(bench, Path(chosen.out), chosen.tiny)
 
 
 if __name__ == "__main__":
