@@ -18,24 +18,27 @@ if TYPE_CHECKING:
         ema,
         hidden,
         metrics,
+        on_policy,
         preference,
         relation,
         restricted,
+        rollout,
         samplers,
         schedules,
         scoring,
+        sources,
         speculative,
     )  # fmt: skip
 
 _MODULES: tuple[str, ...] = (
-    "blocks", "contrastive", "ema", "hidden", "metrics", "preference", "relation", "restricted", "samplers",
-    "schedules", "scoring", "speculative",
+    "blocks", "contrastive", "ema", "hidden", "metrics", "on_policy", "preference", "relation",
+    "restricted", "rollout", "samplers", "schedules", "scoring", "sources", "speculative",
 )  # fmt: skip
 _NAMES: dict[str, str] = {}  # public name -> the module that has it
 
 __all__ = [
-    "blocks", "contrastive", "ema", "hidden", "metrics", "preference", "relation", "restricted", "samplers",
-    "schedules", "scoring", "speculative",
+    "blocks", "contrastive", "ema", "hidden", "metrics", "on_policy", "preference", "relation",
+    "restricted", "rollout", "samplers", "schedules", "scoring", "sources", "speculative",
 ]  # fmt: skip
 
 
