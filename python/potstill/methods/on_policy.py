@@ -71,8 +71,8 @@ def gkd(
 ) -> Recipe:
     """Generalised knowledge distillation (arXiv:2306.13649).
 
-    A share `on_policy` (lambda) of the sequences is the student's, sampled at temperature 1 as it stands, the others are
-    given; the divergence is JSD with the teacher's weight in the mixture (their beta), or what `divergence` says.
+    A share `on_policy` (lambda) of the sequences is the student's, sampled at temperature 1 as it stands, the others
+    are given; the divergence is JSD with the teacher's weight in the mixture (their beta), or what `divergence` says.
     """
     words = {"divergence": divergences.jsd(teacher_weight=teacher_weight), "temperature": temperature, **objective}
     writer = model_source(student, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
