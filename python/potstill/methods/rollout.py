@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ class Rollout:
 
     def to(self, device: Any) -> Rollout:
         """The same on another device."""
-        moved = (x.to(device) for x in (self.tokens, self.mask, self.prompt_lengths))
-        return Rollout(*moved, self.sources, self.first_error.to(device), self.ends.to(device))
+        names = ("tokens", "mask", "prompt_lengths", "first_error", "ends")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Rollouts:
@@ -99,28 +99,26 @@ class Rollouts:
 
     def __call__(self, prompts: Sequence[Ids], *, completions: Sequence[Ids] | None = None, step: int = 0) -> Rollout:
         """prompts: ids, at least one each. completions: what a source of None has written, one a prompt."""
-        prompts = [[int(t) for t in p] for p in prompts]
-        if not prompts or not all(prompts):
+        given = [[int(t) for t in p] for p in prompts]
+        if not given or not all(given):
             raise ValueError("a rollout needs prompts of at least 1 token each (a begin-of-text token, for instance)")
-        drawn = self.draw(len(prompts), step)
-        written: list[list[int]] = [[] for _ in prompts]
+        drawn = self.draw(len(given), step)
+        written: list[list[int]] = [[] for _ in given]
         for name, source in self.sources.items():
             at = [i for i, chosen in enumerate(drawn) if chosen == name]
             if not at:
                 continue
             if source is None:
-                if completions is None or len(completions) != len(prompts):
-                    raise ValueError(
-                        f"source {name!r} is None: give completions, one for each of {len(prompts)} prompts"
-                    )
+                if completions is None or len(completions) != len(given):
+                    raise ValueError(f"source {name!r} is None: give completions, one for each of {len(given)} prompts")
                 found: Sequence[Ids] = [completions[i] for i in at]
             else:
-                found = self._ask(source, [prompts[i] for i in at], self.max_new_tokens, f"{name}/{step}")
+                found = self._ask(source, [given[i] for i in at], self.max_new_tokens, f"{name}/{step}")
             for i, completion in zip(at, found, strict=True):
                 written[i] = [int(t) for t in completion]
-        first, remaining, mended = self._mend(prompts, written, step)
+        first, remaining, mended = self._mend(given, written, step)
         sources = [f"{name}+regenerated" if m else name for name, m in zip(drawn, mended, strict=True)]
-        return self._padded(prompts, written, sources, first, remaining)
+        return self._padded(given, written, sources, first, remaining)
 
     def draw(self, count: int, step: int) -> list[str]:
         """The source of each of `count` sequences of a step."""
