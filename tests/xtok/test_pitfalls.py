@@ -176,6 +176,16 @@ def test_pitfall_31_two_normalising_tokenizers_need_the_text(load_json):
         aligner([0, 2], [1, 3])
     assert aligner([0, 2], [1, 3], text="ABC").chunks(0) == [(0, 1, 0, 1), (1, 2, 1, 2)]
     assert Aligner(lower, lower)([0, 2], [0, 2]).chunks(0) == [(0, 1, 0, 1), (1, 2, 1, 2)]
+    # one text for each message of each row
+    spans = [[(0, 2), (3, 5)]]
+    found = aligner(
+        [[0, 2, 0, 0, 2]], [[1, 3, 1, 1, 3]], student_spans=spans, teacher_spans=spans, text=[["ABC", "ABC"]]
+    )
+    assert found.chunks(0) == [(0, 1, 0, 1), (1, 2, 1, 2), (3, 4, 3, 4), (4, 5, 4, 5)]
+    with pytest.raises(ValueError, match="row 0: text must be a list of 2 strings, one a span"):
+        aligner([[0, 2, 0, 0, 2]], [[1, 3, 1, 1, 3]], student_spans=spans, teacher_spans=spans, text=["ABCABC"])
+    with pytest.raises(ValueError, match="2 texts were given for 1 rows"):
+        aligner([0, 2], [1, 3], text=["ABC", "ABC"])
 
 
 def test_pitfall_31_no_false_boundary_inside_a_character(tokens):

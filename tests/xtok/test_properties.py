@@ -1,5 +1,6 @@
 """Random byte strings, cut differently on both sides: the truth is free, the boundaries are the common cuts."""
 
+import random
 import re
 
 import pytest
@@ -182,6 +183,44 @@ def test_damage_on_one_side(sample, data):
     swapped = align(teacher, broken)
     assert [(s0, s1, t0, t1) for t0, t1, s0, s1 in swapped.chunks(0)] == found.chunks(0)
     assert torch.equal(swapped.flags, found.flags)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text_bytes, text_bytes, st.booleans(), st.data())
+def test_stretches_are_what_the_walk_gives(left, right, same, data):
+    """Chunks of at least one byte are all chunks, found token by token and not by stretches."""
+    student, teacher = data.draw(cuts(left)), data.draw(cuts(left if same else left[: len(left) // 2] + right))
+    for side in (student, teacher):
+        for _ in range(data.draw(st.integers(0, 2))):
+            side.insert(data.draw(st.integers(0, len(side))), data.draw(st.sampled_from(["</s>", b""])))
+    (s, (a,)), (t, (b,)) = numbered(student), numbered(teacher)
+    by_stretch, by_walk = Aligner(s, t)(a, b), Aligner(s, t, granularity=1)(a, b)
+    for name in ("student_chunk", "teacher_chunk", "spans", "flags", "num_bytes", "row_flags", "mismatches"):
+        assert torch.equal(getattr(by_stretch, name), getattr(by_walk, name)), name
+
+
+@pytest.mark.parametrize("lengths", [(1, 6), (1, 40), (1, 1), (30, 60)], ids=str)
+def test_long_rows(lengths):
+    """Rows beyond one stretch, tokens beyond one word, one token beyond a stretch's bytes, and a place that differs."""
+    generator = random.Random(str(lengths))
+    whole = bytes(generator.choice(b"abc \n") for _ in range(30_000))
+
+    def cut(data, low, high):
+        out, at = [], 0
+        while at < len(data):
+            at += (n := generator.randint(low, high))
+            out.append(data[at - n : at])
+        return out
+
+    head, long, tail = whole[:12_000], whole[12_000:21_500], whole[21_500:]
+    student = [*cut(head, 1, 7), long, *cut(tail, 1, 7)]
+    teacher = [*cut(head, *lengths), *cut(long, *lengths), *cut(tail, *lengths)]
+    found = align(student, teacher)
+    assert found.chunks(0) == truth(student, teacher) and not found.mismatches.any()
+    place = len(teacher) - 3
+    broken = [*teacher[:place], b"\xff", *teacher[place:]]
+    kept = [chunk for chunk in align(student, broken).chunks(0) if chunk[3] <= place]
+    assert kept == [chunk for chunk in truth(student, teacher) if chunk[3] <= place]
 
 
 @settings(max_examples=150, deadline=None)

@@ -52,7 +52,8 @@ class Aligner:
 
     def __call__(
         self, student_ids: Rows, teacher_ids: Rows, *, student_mask: Any = None, teacher_mask: Any = None,
-        student_spans: Spans | None = None, teacher_spans: Spans | None = None, text: str | Sequence[str] | None = None,
+        student_spans: Spans | None = None, teacher_spans: Spans | None = None,
+        text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     ) -> Alignment:  # fmt: skip
         """Aligns one row or B of them.
 
@@ -60,7 +61,8 @@ class Aligner:
             same shape, padding (0) before and behind a row's ids is left out.
         student_spans, teacher_spans: for each row the stretches (start, end) of its tokens that hold the same messages;
             the n-th of both sides are aligned with each other, chunks never cross them, tokens outside have none.
-        text: the original text of each row, needed where both tokenizers change text.
+        text: the original text of each row, or with spans that of each message of each row; needed where both
+            tokenizers change text.
 
         Raises ValueError: an id outside its vocabulary, rows that do not fit together, a mismatch under "error".
         """
@@ -75,13 +77,8 @@ class Aligner:
             segment_ptr = np.arange(len(s_ptr), dtype=np.int64)
         else:
             segments, segment_ptr = _segments(student_spans, teacher_spans, s_range, t_range)
-        texts = [text] if isinstance(text, str) else None if text is None else list(text)
-        if texts is not None and len(texts) != len(s_ptr) - 1:
-            raise ValueError(f"{len(texts)} texts were given for {len(s_ptr) - 1} rows")
-        if texts is not None and student_spans is not None:
-            raise ValueError("text and spans do not go together; align the messages as rows of their own")
-        student_chunk = np.full(len(student), -1, np.int32)
-        teacher_chunk = np.full(len(teacher), -1, np.int32)
+        texts = None if text is None else _texts(text, np.diff(segment_ptr), student_spans is not None)
+        student_chunk, teacher_chunk = np.empty(len(student), np.int32), np.empty(len(teacher), np.int32)
         found = self._native.align(
             student, s_ptr, teacher, t_ptr, np.ascontiguousarray(segments, np.int64).reshape(-1), segment_ptr, texts,
             student_chunk, teacher_chunk, self.threads,
@@ -210,6 +207,21 @@ def _segments(
             out.append([*spans[0], *spans[1]])
         ptr.append(len(out))
     return np.array(out, np.int64).reshape(-1, 4), np.array(ptr, np.int64)
+
+
+def _texts(text: Any, segments: NDArray[np.int64], by_message: bool) -> list[str]:
+    """The original text of every segment; `segments` of each row."""
+    rows = [text] if isinstance(text, str) else list(text)
+    if len(rows) != len(segments):
+        raise ValueError(f"{len(rows)} texts were given for {len(segments)} rows")
+    if not by_message:
+        rows = [[row] for row in rows]
+    for number, (row, count) in enumerate(zip(rows, segments.tolist(), strict=True)):
+        if isinstance(row, str) or len(row) != count or not all(isinstance(part, str) for part in row):
+            raise ValueError(
+                f"row {number}: text must be {f'a list of {count} strings, one a span' if by_message else 'a string'}"
+            )
+    return [part for row in rows for part in row]
 
 
 def _alignment(

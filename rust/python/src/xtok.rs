@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
-use potstill_core::xtok::batch::{Aligned, Aligner as Core, Granularity, OnMismatch, Row};
 use potstill_core::xtok::push::Push as CorePush;
-use potstill_core::xtok::vocab::{flag, Builder, Kind, Prefix, Rules};
+use potstill_core::xtok::vocab::{flag, load, Builder, Kind, Prefix, Rules};
 use potstill_core::xtok::{json, matching, ranks, spm, Vocab as CoreVocab};
+use potstill_core::xtok::{Aligned, Aligner as Core, Granularity, OnMismatch, Row};
 use potstill_core::{Error, Result};
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
@@ -152,6 +152,12 @@ impl Vocab {
         PyArray1::from_vec(py, lengths)
     }
 
+    /// The first byte of every id, uint8; 0 where there is none.
+    fn first_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<u8>> {
+        let vocab = &self.inner;
+        PyArray1::from_vec(py, vocab.words.iter().map(|w| load(*w, &vocab.long, 0) as u8).collect())
+    }
+
     /// Kind, prefix, steps of normalisation and roles, as JSON.
     fn rules(&self) -> String {
         serde_json::to_string(&self.inner.rules).unwrap_or_default()
@@ -257,8 +263,8 @@ impl Aligner {
         self.inner.needs_text()
     }
 
-    /// Rows of flat ids, cut by ptr [R+1]; segments [S*4] of the rows, cut by segment_ptr [R+1]. Fills the maps (-1
-    /// beforehand) and returns spans [C*4], flags [C], bytes [C], row_ptr [R+1], row flags [R], mismatches [R].
+    /// Rows of flat ids, cut by ptr [R+1]; segments [S*4] of the rows, cut by segment_ptr [R+1], and the text of each, if
+    /// given. Fills the maps and returns spans [C*4], flags [C], bytes [C], row_ptr [R+1], row flags [R], mismatches [R].
     #[allow(clippy::too_many_arguments)]
     fn align<'py>(
         &self,
@@ -283,7 +289,15 @@ impl Aligner {
         let rows = rows.ok_or_else(|| PyValueError::new_err("rows, segments and maps do not fit together"))?;
         let inner = &self.inner;
         let found = py.detach(|| inner.align(&rows, maps, threads)).map_err(|e| to_python(py, e))?;
-        Ok(arrays(py, &found, 0))
+        let row_ptr = row_ptr(&found);
+        Ok((
+            PyArray1::from_vec(py, found.spans.into_flattened()),
+            PyArray1::from_vec(py, found.flags),
+            PyArray1::from_vec(py, found.bytes),
+            PyArray1::from_vec(py, row_ptr),
+            PyArray1::from_vec(py, found.row_flags),
+            PyArray1::from_vec(py, found.mismatches),
+        ))
     }
 
     /// A row that grows.
@@ -303,7 +317,7 @@ fn rows<'a>(
     texts: Option<&'a [String]>,
 ) -> Option<Vec<Row<'a>>> {
     let count = s_ptr.len().checked_sub(1)?;
-    if t_ptr.len() != count + 1 || ptr.len() != count + 1 || texts.is_some_and(|t| t.len() != count) {
+    if t_ptr.len() != count + 1 || ptr.len() != count + 1 || texts.is_some_and(|t| t.len() != segments.len()) {
         return None;
     }
     let cut = |from: i64, to: i64| Some(usize::try_from(from).ok()?..usize::try_from(to).ok()?);
@@ -315,7 +329,9 @@ fn rows<'a>(
         .map(|n| {
             let student = student.get(cut(s_ptr[n], s_ptr[n + 1])?)?;
             let teacher = teacher.get(cut(t_ptr[n], t_ptr[n + 1])?)?;
-            let segments = segments.get(cut(ptr[n], ptr[n + 1])?)?;
+            let own = cut(ptr[n], ptr[n + 1])?;
+            let segments = segments.get(own.clone())?;
+            let texts = texts.and_then(|t| t.get(own));
             let (mut s, mut t) = (0, 0);
             for [s0, s1, t0, t1] in segments {
                 if *s0 < s || s1 < s0 || *t0 < t || t1 < t0 {
@@ -324,21 +340,26 @@ fn rows<'a>(
                 (s, t) = (*s1, *t1);
             }
             let fits = whole && s <= student.len() as i64 && t <= teacher.len() as i64;
-            fits.then_some(Row { student, teacher, segments, text: texts.map(|t| t[n].as_str()) })
+            fits.then_some(Row { student, teacher, segments, texts })
         })
         .collect()
 }
 
-fn arrays<'py>(py: Python<'py>, found: &Aligned, from: usize) -> Arrays<'py> {
-    let mut row_ptr = vec![0i64];
+/// First chunk of each row, and their number.
+fn row_ptr(found: &Aligned) -> Vec<i64> {
+    let mut out = vec![0i64];
     for count in &found.counts {
-        row_ptr.push(row_ptr.last().copied().unwrap_or(0) + *count as i64);
+        out.push(out.last().copied().unwrap_or(0) + *count as i64);
     }
+    out
+}
+
+fn arrays<'py>(py: Python<'py>, found: &Aligned, from: usize) -> Arrays<'py> {
     (
         PyArray1::from_slice(py, found.spans[from..].as_flattened()),
         PyArray1::from_slice(py, &found.flags[from..]),
         PyArray1::from_slice(py, &found.bytes[from..]),
-        PyArray1::from_vec(py, row_ptr),
+        PyArray1::from_vec(py, row_ptr(found)),
         PyArray1::from_slice(py, &found.row_flags),
         PyArray1::from_slice(py, &found.mismatches),
     )

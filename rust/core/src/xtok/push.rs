@@ -1,9 +1,10 @@
 //! A row that grows: tokens come in on both sides, chunks go out as soon as nothing that follows can change them.
 
 use crate::error::{Error, Result};
-use crate::xtok::batch::{check_ids, record, Aligned, Aligner, OnMismatch};
+use crate::xtok::batch::{Aligner, OnMismatch};
+use crate::xtok::record::{check_ids, Aligned, Recorder};
 use crate::xtok::resync::Scratch;
-use crate::xtok::walk::{Chunk, State, Walk};
+use crate::xtok::walk::{State, Walk};
 
 pub struct Push {
     walk: Walk,
@@ -51,8 +52,8 @@ impl Push {
         self.maps.1.resize(self.teacher.len(), -1);
         let before = self.out.spans.len();
         let (s, t) = aligner.ids(&self.student, &self.teacher);
-        let (maps, out) = (&mut self.maps, &mut self.out);
-        let mut sink = |c: Chunk| record(c, (&s, &t), (0, 0), (&mut maps.0, &mut maps.1), out);
+        let maps = (&mut self.maps.0[..], &mut self.maps.1[..]);
+        let mut sink = Recorder { ids: (&s, &t), offsets: (0, 0), maps, out: &mut self.out };
         self.done = self.walk.run(&s, &t, ended, &mut self.scratch, &mut sink) == State::Done || ended;
         if let (OnMismatch::Error, Some((s, t))) = (aligner.on_mismatch, self.walk.first_mismatch) {
             return Err(Error::Refused(format!(

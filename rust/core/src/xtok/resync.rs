@@ -2,6 +2,7 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::xtok::ahead::Ahead;
 use crate::xtok::stream::{Place, Stream};
 
 /// Bytes that must agree for two places to count as the same.
@@ -11,9 +12,10 @@ const SHORT_ANCHOR: usize = 8;
 const WINDOW: usize = 64;
 const REPLACEMENT: &[u8; 3] = b"\xEF\xBF\xBD";
 
-/// Buffers that are kept between mismatches.
+/// Buffers of a thread, kept between mismatches and rows.
 #[derive(Default)]
 pub struct Scratch {
+    pub ahead: Ahead,
     a: Vec<u8>,
     b: Vec<u8>,
     /// Place + 1 of the first anchor of a hash, 0 for none.
@@ -124,7 +126,7 @@ fn invalid(a: &[u8], b: &[u8]) -> Option<(usize, usize)> {
 
 /// The cheapest skip behind which ANCHOR bytes agree, or all bytes to the end of both.
 fn search(scratch: &mut Scratch, both_end: bool) -> Option<(usize, usize)> {
-    let Scratch { a, b, table } = scratch;
+    let Scratch { a, b, table, .. } = scratch;
     let size = (2 * a.len().max(b.len()) + 2).next_power_of_two();
     table.clear();
     table.resize(size, 0);

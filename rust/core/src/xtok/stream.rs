@@ -151,13 +151,18 @@ impl Place {
         load(self.word, stream.long(), self.offset)
     }
 
+    /// Stands behind the token before `next`.
+    pub fn stand(&mut self, stream: &impl Stream, next: usize) {
+        self.next = next;
+        self.word = next.checked_sub(1).map_or(0, |at| stream.word(at));
+        self.len = word_len(self.word);
+        self.offset = self.len;
+    }
+
     /// Closes a token that nothing was read of.
     pub fn unopen(&mut self, stream: &impl Stream) {
         if self.offset == 0 && self.len > 0 {
-            self.next -= 1;
-            self.word = self.next.checked_sub(1).map_or(0, |at| stream.word(at));
-            self.len = word_len(self.word);
-            self.offset = self.len;
+            self.stand(stream, self.next - 1);
         }
     }
 
