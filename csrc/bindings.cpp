@@ -7,7 +7,9 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
+#include "chunks.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -148,11 +150,11 @@ static void topk(int64_t rows, const SideArgs& logits, int64_t k, uintptr_t ids,
 }
 
 // results: log_probs, entropy, log_mass, lse; incoming: what comes in for the first three
-static void token_rows(int64_t rows, int64_t columns, const SideArgs& logits, uintptr_t tokens, uintptr_t subset,
+static void token_rows(int64_t rows, int64_t columns, const SideArgs& logits, uintptr_t tokens, int64_t k, uintptr_t subset,
                        const std::array<uintptr_t, 4>& results, const std::array<uintptr_t, 3>& incoming, uintptr_t grad,
                        int64_t grad_stride, int threads) {
   TokenRows r{};
-  r.rows = rows, r.columns = columns, r.logits = side(logits);
+  r.rows = rows, r.columns = columns, r.k = k, r.logits = side(logits);
   r.tokens = reinterpret_cast<const int64_t*>(tokens), r.subset = reinterpret_cast<const uint8_t*>(subset);
   r.log_probs = reinterpret_cast<void*>(results[0]), r.entropy = reinterpret_cast<void*>(results[1]);
   r.log_mass = reinterpret_cast<void*>(results[2]), r.lse = reinterpret_cast<void*>(results[3]);
@@ -171,6 +173,29 @@ static void sample_rows(int64_t rows, const SideArgs& logits, int64_t n, double 
   loop(r, chosen()->sample, threads);
 }
 
+template <class F>
+static void typed(bool wide, F&& run) {
+  py::gil_scoped_release release;
+  wide ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
+}
+
+static void sum_chunks(bool wide, uintptr_t values, uintptr_t chunk, uintptr_t starts, uintptr_t ends, int64_t count, uintptr_t sums) {
+  const auto longs = [](uintptr_t x) { return reinterpret_cast<const int64_t*>(x); };
+  typed(wide, [&](auto* kind) {
+    using C = std::remove_pointer_t<decltype(kind)>;
+    chunk_sums(reinterpret_cast<const C*>(values), reinterpret_cast<const int32_t*>(chunk), longs(starts), longs(ends), count,
+               reinterpret_cast<C*>(sums));
+  });
+}
+
+static void gradient_of_chunks(bool wide, uintptr_t grad, uintptr_t values, uintptr_t chunk, int64_t tokens, uintptr_t out) {
+  typed(wide, [&](auto* kind) {
+    using C = std::remove_pointer_t<decltype(kind)>;
+    chunk_gradient(reinterpret_cast<const C*>(grad), reinterpret_cast<const C*>(values), reinterpret_cast<const int32_t*>(chunk),
+                   tokens, reinterpret_cast<C*>(out));
+  });
+}
+
 PYBIND11_MODULE(_cpp, m) {
   m.doc() = "CPU kernels of potstill over raw addresses; use them through potstill's ops.";
   m.def("dense_rows", &dense_rows);
@@ -179,6 +204,8 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("token_rows", &token_rows);
   m.def("sample_rows", &sample_rows);
   m.def("part", &part);
+  m.def("chunk_sums", &sum_chunks);
+  m.def("chunk_gradient", &gradient_of_chunks);
   m.def("divergences", [] {
     py::dict found;
     for (int i = 0; kDivergences[i].name; ++i) found[kDivergences[i].name] = kDivergences[i].parameters;

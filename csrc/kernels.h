@@ -71,14 +71,14 @@ struct TopkRows {
   void* log_rest_at;                      // [n_temperatures, rows], as lse
 };
 
-// What is asked about one given token of each row; any result address may be null.
+// What is asked about k given tokens of each row; any result address may be null.
 struct TokenRows {
-  int64_t rows, columns;  // columns: the logits' physical width
+  int64_t rows, columns, k;  // columns: the logits' physical width
   Side logits;
-  const int64_t* tokens;   // [rows] or null; a row with a negative one is not looked at: results 0, gradient 0
+  const int64_t* tokens;   // [rows, k] or null; a negative one counts 0, a row of them is not looked at: all 0, gradient 0
   const uint8_t* subset;   // [vocab], 0 or 1; or null
-  void *log_probs, *entropy, *log_mass, *lse;           // [rows]; fp64 for fp64 logits, else fp32
-  const void *d_log_probs, *d_entropy, *d_log_mass;     // [rows], as above: what comes in for each result; or null
+  void *log_probs, *entropy, *log_mass, *lse;           // [rows, k], else [rows]; fp64 for fp64 logits, else fp32
+  const void *d_log_probs, *d_entropy, *d_log_mass;     // as above: what comes in for each result; or null
   void* grad;  // [rows, columns] of the logits' dtype, may be the logits' own memory; or null
   int64_t grad_stride;
 };

@@ -171,3 +171,31 @@ def test_bad_input_is_named():
         ps.token_logprobs(hidden[:, :5], head, ids)
     nothing = ps.token_logprobs(torch.empty(0, D), head, torch.empty(0, dtype=torch.long))
     assert nothing.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("head", [{}, {"logit_scale": 0.3, "softcap": 5.0}], ids=str)
+def test_several_ids_a_row(head, backend):
+    """[..., K] ids, some missing and some twice, with entropy and mass beside them; rows without any are left out."""
+    hidden, weight, bias, _, subset = case(torch.float64)
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, V, (12, 4), generator=g)
+    ids[torch.rand(12, 4, generator=g) < 0.3] = -100
+    ids[2], ids[5, 1] = -100, ids[5, 0]
+    x, y = leaves(hidden, weight, bias), leaves(hidden, weight, bias)
+    options = dict(entropy=True, subset=subset, chunk_rows=5, backend=backend)
+    got = ps.token_logprobs(x[0].view(3, 4, D), ps.Head(x[1], x[2], vocab_size=V, **head), ids.view(3, 4, 4), **options)
+    assert got.log_probs.shape == (3, 4, 4) and got.entropy.shape == got.log_mass.shape == (3, 4)
+    scale, softcap = head.get("logit_scale", 1.0), head.get("softcap")
+    each = [truth(*y, ids[:, k], subset, scale, softcap)[0] for k in range(4)]
+    first = ids.max(1).values  # any id of the row: entropy and mass ask only whether there is one
+    want = torch.stack(each, -1), *truth(*y, first, subset, scale, softcap)[1:]
+    up = [torch.randn(w.shape, dtype=torch.float64, generator=g) for w in want]
+    for a, b in zip((z.reshape(w.shape) for z, w in zip(got, want, strict=True)), want, strict=True):
+        torch.testing.assert_close(a, b)
+    totals = [sum((u * z.reshape(u.shape)).sum() for u, z in zip(up, found, strict=True)) for found in (got, want)]
+    for a, b in zip(torch.autograd.grad(totals[0], x), torch.autograd.grad(totals[1], y), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    alone = ps.token_logprobs(hidden, ps.Head(weight), ids)
+    assert alone.shape == (12, 4) and (alone[2] == 0).all()
+    assert ps.token_logprobs(hidden, ps.Head(weight), ids[:, :0]).shape == (12, 0)

@@ -20,9 +20,11 @@ def topk(
     token_log_probs: int, token_ranks: int, temperatures: list[float], log_rest_at: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def token_rows(
-    rows: int, columns: int, logits: _Side, tokens: int, subset: int, results: tuple[int, int, int, int],
+    rows: int, columns: int, logits: _Side, tokens: int, k: int, subset: int, results: tuple[int, int, int, int],
     incoming: tuple[int, int, int], grad: int, grad_stride: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def chunk_sums(wide: bool, values: int, chunk: int, starts: int, ends: int, count: int, sums: int, /) -> None: ...
+def chunk_gradient(wide: bool, grad: int, values: int, chunk: int, tokens: int, out: int, /) -> None: ...
 def sample_rows(
     rows: int, logits: _Side, n: int, temperature: float, seed: int, first_row: int, ids: int, counts: int,
     log_probs: int, lse: int, threads: int, /,

@@ -19,6 +19,7 @@ BACKEND_MODULES = (
     "potstill.kernels.cpp",
     "potstill.kernels.cpp_topk",
     "potstill.kernels.cpp_parts",
+    "potstill.kernels.cpp_chunks",
     "potstill.kernels.cuda",
     "potstill.kernels.cuda_topk",
     "potstill.kernels.triton_backend",

@@ -5,7 +5,8 @@ import lzma
 from pathlib import Path
 
 import pytest
-from potstill.xtok import VocabBytes
+from potstill.xtok import Aligner, VocabBytes
+from potstill.xtok.alignment import INTERRUPTED, INVALID
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads(lzma.decompress((DATA / "alignment_cases.json.xz").read_bytes()))["cases"]
@@ -78,3 +79,22 @@ class Tokens:
 def tokens():
     """An empty vocabulary to be filled."""
     return Tokens()
+
+
+@pytest.fixture(scope="module")
+def alignment():
+    """Two rows: special tokens inside and between chunks, bytes that differ, an open end."""
+    student = [b"ab", b"c", "</s>", b"de", b"fg", b"h", b"XX", b"i", b"jk", b"l"]
+    teacher = [b"a", b"b", b"cd", b"e", b"f", b"g", b"h", b"YYY", b"i", b"j", b"k", "</s>", b"mn"]
+    ids = {token: n for n, token in enumerate(dict.fromkeys(student + teacher))}
+    raw = [token.encode() if isinstance(token, str) else token for token in ids]
+    vocab = VocabBytes.from_callback(len(raw), raw.__getitem__, specials=[ids["</s>"]])
+    rows = [
+        ([b"ab", b"c", "</s>", b"de", b"fg", b"h", b"XX", b"i", b"jk"],
+         [b"a", b"b", b"cd", b"e", b"f", b"g", b"h", b"YYY", b"i", b"j", b"k"]),
+        ([b"jk", b"l", b"h"], [b"jk", "</s>", b"l", b"h", b"mn"]),
+    ]  # fmt: skip
+    found = Aligner(vocab, vocab)(*([[ids[t] for t in row[side]] for row in rows] for side in (0, 1)))
+    assert found.chunks(0)[:2] == [(0, 1, 0, 2), (1, 4, 2, 4)] and found.flags[1] == INTERRUPTED
+    assert ((found.flags & INVALID) != 0).sum() == 1 and found.row_flags.tolist()[1] == 2
+    return found

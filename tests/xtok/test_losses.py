@@ -13,11 +13,12 @@ from potstill.xtok import (
     first_rows,
     gold_loss,
     linear_alm_loss,
-    log_probs_at,
+    merged_rows,
     next_token_log_probs,
     uld_loss,
 )
-from potstill.xtok.alm import DIVERGENCES, EPS, WEIGHTS, log1mexp
+from potstill.xtok.alm import WEIGHTS
+from potstill.xtok.coins import DIVERGENCES, EPS, log1mexp
 from potstill.xtok.uld import uld_full
 
 WORDS = [bytes([97 + n]) * m for n in range(4) for m in (1, 2, 3)]  # a, aa, aaa, b, ...
@@ -200,30 +201,6 @@ def test_pitfall_32_logits_are_read_at_the_token_before(pair):
         assert s0 > 0 and t0 > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 2.0, "logit_scale": 0.5}, {"vocab_size": 30}])
-def test_log_probs_at(options, monkeypatch):
-    monkeypatch.setattr("potstill.gemm.chunk_rows", lambda *_: 4)
-    torch.manual_seed(0)
-    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(37, 6, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(37, dtype=torch.float64, requires_grad=True) if options.pop("bias", False) else None
-    ids = torch.randint(-1, 30, (11, 3))
-    leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None]
-    got = log_probs_at(hidden, ps.Head(weight, bias, **options), ids)
-    z = hidden @ weight.T + (0 if bias is None else bias)
-    z = z * options.get("logit_scale", 1.0)
-    if "softcap" in options:
-        z = options["softcap"] * torch.tanh(z / options["softcap"])
-    z = z[:, : options.get("vocab_size")]
-    want = torch.where(ids >= 0, z.log_softmax(-1).gather(1, ids.clamp(min=0)), 0.0)
-    torch.testing.assert_close(got, want)
-    up = torch.randn_like(want)
-    for g, w in zip(torch.autograd.grad(got, leaves, up), torch.autograd.grad(want, leaves, up), strict=True):
-        torch.testing.assert_close(g, w)
-    with pytest.raises(ValueError, match="below the head's vocabulary size"):
-        log_probs_at(hidden, ps.Head(weight, bias, **options), ids + 37)
-
-
 def test_uld_equals_the_full_sort_when_k_is_the_vocabulary():
     torch.manual_seed(1)
     hidden = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
@@ -242,7 +219,57 @@ def test_uld_equals_the_full_sort_when_k_is_the_vocabulary():
     torch.testing.assert_close(mean, (want[1] + 2 * want[2]) / 3)
 
 
-def dense_gold(alignment, student, teacher, ids, matched, merge):
+@pytest.mark.parametrize("merge", ["observed", "bayesian"])
+def test_uld_of_merged_rows(pair, merge):
+    """Rows times the probability of the chunk's other tokens, on both sides, against whole tables."""
+    alignment, ids, hidden, head = pair
+    states = [h.clone().requires_grad_() for h in hidden[:1]]
+    tables = [(h @ w.T).log_softmax(-1) for h, w in zip((states[0], hidden[1]), head, strict=True)]
+    ptrs = alignment.student_ptr, alignment.teacher_ptr
+    tokens = [
+        plain_log_probs(h, w, i, ptr) for h, w, i, ptr in zip((states[0], hidden[1]), head, ids, ptrs, strict=True)
+    ]
+    pairs = merged_rows(alignment, *tokens, merge)
+    want = []
+    for row in range(alignment.num_rows):
+        for s0, s1, t0, t1 in alignment.chunks(row):
+            if s0 == 0:
+                continue
+            sides = []
+            for (start, end), ptr, table, own in zip(((s0, s1), (t0, t1)), ptrs, tables, tokens, strict=True):
+                at = int(ptr[row])
+                base = start if merge == "observed" else end - 1
+                rest = [own[at + n] for n in range(start, end) if n != base]
+                sides.append((table[at + base - 1] + sum(rest)).exp())
+            want.append(uld_sorted(*sides))
+    want = torch.stack(want)
+    teacher = ps.topk(hidden[1][pairs.teacher] @ head[1].T, len(LETTERS))
+    got = uld_loss(states[0][pairs.student], ps.Head(head[0]), teacher, k=len(WORDS), reduction="none",
+                   scales=(pairs.student_scale, pairs.teacher_scale))  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    (g,), (w,) = (torch.autograd.grad(x.sum(), states, retain_graph=True) for x in (got, want))
+    torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-8)
+
+
+def uld_sorted(q, p):
+    """The larger side's entries beyond the other's size are taken together, as uld_loss does."""
+    q, p = (side.sort(descending=True).values for side in (q, p))
+    width = min(len(q), len(p))
+    return (q[:width] - p[:width]).abs().sum() + (q[width:].sum() - p[width:].sum()).abs()
+
+
+def between(p, q, divergence):
+    """One entry's part of a divergence of q from p."""
+    if divergence == "forward_kl":
+        return p * (p / q).log()
+    if divergence == "reverse_kl":
+        return q * (q / p).log()
+    w = divergence.values[0]
+    m = w * p + (1 - w) * q
+    return w * p * (p / m).log() + (1 - w) * q * (q / m).log()
+
+
+def dense_gold(alignment, student, teacher, ids, matched, merge, divergence):
     """The hybrid from whole tables of log-probabilities, one chunk after another."""
     own = dict(zip(matched[1].tolist(), matched[0].tolist(), strict=True))
     losses = []
@@ -261,7 +288,7 @@ def dense_gold(alignment, student, teacher, ids, matched, merge):
             q, p = lq.exp(), lp.exp()
             both = [(p[t], q[s]) for t, s in own.items()]
             rest = (1 - sum(x for x, _ in both), 1 - sum(y for _, y in both))
-            kl = sum(x * (x / y).log() for x, y in [*both, rest])
+            kl = sum(between(x, y, divergence) for x, y in [*both, rest])
             alone_q = torch.stack([q[n] for n in range(len(q)) if n not in own.values()] or [q.new_zeros(())])
             alone_p = torch.stack([p[n] for n in range(len(p)) if n not in own] or [p.new_zeros(())])
             width = max(len(alone_q), len(alone_p))
@@ -272,8 +299,9 @@ def dense_gold(alignment, student, teacher, ids, matched, merge):
     return torch.stack(losses).mean()
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", ps.divergences.jsd(teacher_weight=0.3)], ids=str)
 @pytest.mark.parametrize("merge", ["observed", "bayesian", None])
-def test_gold_equals_its_formula(pair, merge):
+def test_gold_equals_its_formula(pair, merge, divergence):
     alignment, ids, hidden, head = pair
     # the same number of entries on both sides, so that top-k with k = V is everything
     weight = head[0][: len(LETTERS)].clone().requires_grad_()
@@ -290,8 +318,8 @@ def test_gold_equals_its_formula(pair, merge):
     matched = student_vocab.matched(teacher_vocab)
     assert len(matched[0]) == 4  # a, b, bb, c
     got = gold_loss(state, ps.Head(weight), ids[0], ps.topk(logits, len(LETTERS)), alignment, matched, merge=merge,
-                    teacher_log_probs=teacher_log_probs)  # fmt: skip
-    want = dense_gold(alignment, (state @ weight.T).log_softmax(-1), table, ids, matched, merge)
+                    divergence=divergence, teacher_log_probs=teacher_log_probs)  # fmt: skip
+    want = dense_gold(alignment, (state @ weight.T).log_softmax(-1), table, ids, matched, merge, divergence)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
     for g, w in zip(torch.autograd.grad(got, (state, weight)), torch.autograd.grad(want, (state, weight)), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-8)
@@ -306,6 +334,76 @@ def test_gold_is_forward_kl_for_equal_vocabularies():
     got = gold_loss(state, ps.Head(weight), torch.tensor(ids), ps.topk(logits, 7), alignment, v.matched(v), merge=None)
     want = ps.distill_loss((state @ weight.T)[:-1], ps.LogitsTeacher(logits[:-1]))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gold_leaves_out_missing_entries():
+    """A short row of the teacher (id -1) adds nothing, whatever the last id is matched to."""
+    v = vocab(LETTERS)
+    ids = [0, 1, 4, 2, 5]
+    alignment, matched = Aligner(v, v)(ids, ids), v.matched(v)
+    torch.manual_seed(5)
+    state, weight, logits = torch.randn(5, 4), torch.randn(7, 4), torch.randn(5, 7)
+    short = ps.topk(logits, 3)
+    padded = ps.TopK(
+        torch.cat([short.ids, torch.full((5, 2), -1, dtype=torch.int32)], 1),
+        torch.cat([short.log_probs, torch.full((5, 2), -math.inf)], 1), short.log_rest,
+    )  # fmt: skip
+    values = [
+        gold_loss(state, ps.Head(weight), torch.tensor(ids), top, alignment, matched, merge=None)
+        for top in (short, padded)
+    ]
+    torch.testing.assert_close(*values)
+
+
+def test_gold_refuses_what_is_no_sum():
+    with pytest.raises(ValueError, match="is no sum over the vocabulary"):
+        gold_loss(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1), None, None, None, divergence="renyi")
+
+
+@pytest.mark.parametrize("merge_below", [None, 0.2])
+def test_linear_alm_with_debiased_ends(pair, merge_below):
+    """Each chunk times the probability that a word ends behind it, on both sides, in value and gradient."""
+    alignment, ids, hidden, head = pair
+    starts = torch.tensor([word.startswith((b"a", b"c")) for word in WORDS])  # stands for whitespace
+    student, weight = hidden[0].clone().requires_grad_(), head[0].clone().requires_grad_()
+    teacher = plain_log_probs(hidden[1], head[1], ids[1], alignment.teacher_ptr)
+    teacher_ends = (hidden[1] @ head[1].T).log_softmax(-1)[:, :2].logsumexp(-1)
+    loss = linear_alm_loss(student, ps.Head(weight), ids[0], teacher, alignment, tau=1.0, word_starts=starts,
+                           teacher_boundary=teacher_ends, merge_below=merge_below)  # fmt: skip
+    got = torch.autograd.grad(loss, (student, weight))
+
+    log_probs = plain_log_probs(student, weight, ids[0], alignment.student_ptr)
+    ends = (student @ weight.T).log_softmax(-1)[:, starts].logsumexp(-1)
+    terms = []
+    for row in range(alignment.num_rows):
+        s_at, t_at = int(alignment.student_ptr[row]), int(alignment.teacher_ptr[row])
+        chunks, opened = [], None
+        for s0, s1, t0, t1 in alignment.chunks(row):
+            opened = opened or (s0, t0)
+            least = min(ends[s_at + s1 - 1].item(), teacher_ends[t_at + t1 - 1].item())
+            likely = least >= math.log(merge_below or 1e-9)
+            if likely or (s1, t1) == alignment.chunks(row)[-1][1::2]:
+                chunks.append((opened[0], s1, opened[1], t1))
+                opened = None
+        for s0, s1, t0, t1 in chunks:
+            if s0 > 0:
+                b = log_probs[s_at + s0 : s_at + s1].sum() + ends[s_at + s1 - 1] - EPS
+                a = teacher[t_at + t0 : t_at + t1].sum() + teacher_ends[t_at + t1 - 1] - EPS
+                terms.append(coins(a, b, "forward_kl"))
+    assert (len(terms) < int((alignment.spans[:, 0, 0] > 0).sum())) == (merge_below is not None)
+    want = torch.stack(terms).mean()
+    torch.testing.assert_close(loss, want, rtol=1e-9, atol=1e-12)
+    for g, w in zip(got, torch.autograd.grad(want, (student, weight)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-12)
+
+
+def test_debiasing_needs_both_sides(pair):
+    alignment, ids, hidden, head = pair
+    args = hidden[0], ps.Head(head[0]), ids[0], torch.zeros(len(ids[1])), alignment
+    with pytest.raises(ValueError, match="word_starts and teacher_boundary go together"):
+        linear_alm_loss(*args, word_starts=torch.ones(len(WORDS), dtype=torch.bool))
+    with pytest.raises(ValueError, match="merge_below needs word_starts"):
+        linear_alm_loss(*args, merge_below=0.1)
 
 
 def test_losses_import_without_the_extension():

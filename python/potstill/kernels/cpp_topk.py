@@ -1,4 +1,4 @@
-"""Extraction by the C++ kernels: top-k, draws, and what is asked about a given token. CPU only."""
+"""Extraction by the C++ kernels: top-k, draws, and what is asked about given tokens. CPU only."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def token_rows(
     logits: Tensor, tokens: Tensor, subset: Tensor | None, entropy: bool, side: Side,
     incoming: tuple[Tensor, Tensor | None, Tensor | None] | None = None, grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See reference/tokens.py. logits [R, V], tokens [R], subset [V] -> (log_probs, entropy, log mass), [R] each."""
+    """See reference/tokens.py. logits [R, V], tokens [R, K], subset [V] -> log_probs [R, K], entropy, mass [R]."""
     x, dtype, rows = dense_columns(logits), _wide(logits), len(logits)
-    none = torch.empty(0, dtype=dtype)
-    log_probs, h = torch.empty(rows, dtype=dtype), torch.empty(rows if entropy else 0, dtype=dtype)
+    none, tokens = torch.empty(0, dtype=dtype), tokens.long().contiguous()
+    log_probs, h = torch.empty(tokens.shape, dtype=dtype), torch.empty(rows if entropy else 0, dtype=dtype)
     mass = torch.empty(0 if subset is None else rows, dtype=dtype)
     chosen = torch.empty(0, dtype=torch.bool) if subset is None else subset.contiguous()
     coming = [none if c is None else c.to(dtype).contiguous() for c in incoming or (None, None, None)]
@@ -73,7 +73,7 @@ def token_rows(
     if grad is not None and (grad.dtype != x.dtype or grad.stride(-1) != 1):
         target = torch.empty_like(x, memory_format=torch.contiguous_format)
     _cpp.token_rows(
-        rows, x.shape[1], side_numbers(x, side), tokens.long().contiguous().data_ptr(), _address(chosen),
+        rows, x.shape[1], side_numbers(x, side), tokens.data_ptr(), tokens.shape[1], _address(chosen),
         (log_probs.data_ptr(), _address(h), _address(mass), 0),
         (_address(coming[0]), _address(coming[1]), _address(coming[2])),
         _address(target), target.stride(0), torch.get_num_threads(),
@@ -88,7 +88,7 @@ def log_sum_exp(logits: Tensor, side: Side) -> Tensor:
     x = dense_columns(logits)
     lse = torch.empty(len(x), dtype=_wide(x))
     _cpp.token_rows(
-        len(x), x.shape[1], side_numbers(x, side), 0, 0, (0, 0, 0, lse.data_ptr()), (0, 0, 0), 0, 0,
+        len(x), x.shape[1], side_numbers(x, side), 0, 0, 0, (0, 0, 0, lse.data_ptr()), (0, 0, 0), 0, 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return lse

@@ -77,3 +77,25 @@ def topk_with(
     from potstill.kernels import triton_topk
 
     return triton_topk.topk_with(logits, k, side, tokens, temperatures)
+
+
+def refuses_chunks(facts: Facts) -> str | None:
+    if facts.dtype != torch.float32:
+        return f"its arithmetic is fp32, not {facts.dtype}; torch serves fp64"
+    return refuses(facts)
+
+
+@register("chunk_sums", "triton", rank=RANK, refuses=refuses_chunks)
+def chunk_sums(values: Tensor, chunk: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """See reference/chunks.py and triton_chunks.py."""
+    from potstill.kernels import triton_chunks
+
+    return triton_chunks.chunk_sums(values, chunk, starts, ends)
+
+
+@register("chunk_sums_backward", "triton", rank=RANK, refuses=refuses_chunks)
+def chunk_sums_backward(grad: Tensor, values: Tensor, chunk: Tensor) -> Tensor:
+    """See reference/chunks.py and triton_chunks.py."""
+    from potstill.kernels import triton_chunks
+
+    return triton_chunks.chunk_sums_backward(grad, values, chunk)

@@ -1,3 +1,3 @@
 """torch.ops.potstill: importing registers every op."""
 
-from potstill.ops import extraction, losses, parts, tokens  # noqa: F401
+from potstill.ops import chunks, extraction, losses, parts, tokens  # noqa: F401

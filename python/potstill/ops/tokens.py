@@ -64,10 +64,12 @@ def _kernel(hidden: Tensor, weight: Tensor, precise: bool, backend: str) -> Any:
     return dispatch.select(dispatch.Facts("token_rows", hidden.device, dtype, len(weight)), backend).run
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Any, tokens: Any, subset: Any, entropy: bool, *_: Any) -> tuple[Tensor, ...]:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Any, tokens: Tensor, subset: Any, entropy: bool, *_: Any
+) -> tuple[Tensor, ...]:
     n, dtype = x.shape[0], wide(x)
-    sizes = (n, n if entropy else 0, 0 if subset is None else n)
-    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
+    rows = (x.new_empty(size, dtype=dtype) for size in (n if entropy else 0, 0 if subset is None else n))
+    return x.new_empty(tokens.shape, dtype=dtype), *rows
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -83,7 +85,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5])
-    ctx.settings, ctx.shown = inputs[5:], [len(x) > 0 for x in output]
+    ctx.settings, ctx.shown = inputs[5:], [True, *(len(x) > 0 for x in output[1:])]
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -93,7 +95,7 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
     d_log_probs, *more = (d if shown else None for d, shown in zip(incoming, ctx.shown, strict=True))
     hidden = ctx.saved_tensors[0]
     if d_log_probs is None:
-        d_log_probs = hidden.new_zeros(len(hidden), dtype=wide(hidden))
+        d_log_probs = hidden.new_zeros(ctx.saved_tensors[3].shape, dtype=wide(hidden))
     grads = torch.ops.potstill.token_logprobs_backward(d_log_probs, *more, *ctx.saved_tensors, *ctx.settings)
     for i, wanted in enumerate(ctx.settings[-N_WANT:]):
         out[i] = grads[i] if wanted else None

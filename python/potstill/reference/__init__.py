@@ -3,4 +3,4 @@
 In fp64 it is the truth that the other backends are held to.
 """
 
-from potstill.reference import parts, rows, sample, tokens, topk  # noqa: F401
+from potstill.reference import chunks, parts, rows, sample, tokens, topk  # noqa: F401

@@ -62,6 +62,40 @@ class Alignment:
         first, last = self.row_ptr[row : row + 2].tolist()
         return [(s0, s1, t0, t1) for (s0, s1), (t0, t1) in self.spans[first:last].tolist()]
 
+    def token_ranges(self) -> tuple[Tensor, Tensor]:
+        """Half-open token ranges of the chunks, (student [C, 2], teacher [C, 2]) int64, counted as in student_chunk."""
+        rows = torch.arange(self.num_rows, device=self.spans.device)
+        row = torch.repeat_interleave(rows, self.row_ptr[1:] - self.row_ptr[:-1])
+        spans = self.spans.long()
+        return spans[:, 0] + self.student_ptr[row, None], spans[:, 1] + self.teacher_ptr[row, None]
+
+    def merged(self, keep: Tensor) -> Alignment:
+        """Coarser chunks: one whose `keep` (bool [C]) is False is taken together with the one behind it, where both are
+        valid, of one row, and nothing lies between. Flags are those of all parts."""
+        if keep.shape != self.flags.shape or keep.dtype != torch.bool:
+            raise ValueError(f"keep is {keep.dtype} {list(keep.shape)}; it must be bool [{len(self)}], one a chunk")
+        joins = torch.zeros_like(keep)
+        if len(keep) > 1:
+            ranges = torch.stack(self.token_ranges(), 1)
+            touch = (ranges[:-1, :, 1] == ranges[1:, :, 0]).all(1)
+            touch[self.row_ptr[1:-1][(self.row_ptr[1:-1] > 0) & (self.row_ptr[1:-1] < len(keep))] - 1] = False
+            joins[1:] = ~keep[:-1] & touch & self.valid[:-1] & self.valid[1:]
+        group = (~joins).cumsum(0) - 1  # the new number of each chunk
+        first = (~joins).nonzero()[:, 0]
+        last = torch.cat([first[1:], first.new_full((len(first[:1]),), len(keep))]) - 1
+        flags = torch.zeros(len(first), dtype=self.flags.dtype, device=self.flags.device)
+        for bit in (1 << n for n in range(8)):
+            flags |= torch.zeros_like(flags).scatter_reduce(0, group, self.flags & bit, "amax")
+        return replace(
+            self,
+            student_chunk=_renumbered(self.student_chunk, group),
+            teacher_chunk=_renumbered(self.teacher_chunk, group),
+            spans=torch.stack([self.spans[first][:, :, 0], self.spans[last][:, :, 1]], -1),
+            row_ptr=torch.cat([group, group.new_full((1,), len(first))])[self.row_ptr],
+            flags=flags,
+            num_bytes=torch.zeros_like(self.num_bytes[first]).index_add(0, group, self.num_bytes),
+        )
+
     def groups(self, row: int) -> tuple[list[list[int]], list[list[int]]]:
         """Token positions of each chunk of a row, student then teacher: the form of TRL's GOLD trainer."""
         chunks = self.chunks(row)
@@ -70,8 +104,7 @@ class Alignment:
     def dense(self, student_length: int | None = None, teacher_length: int | None = None) -> tuple[Tensor, Tensor]:
         """(student [B, Ts], teacher [B, Tt]) int64: the chunk of each token, counted within its row, -1 for none.
 
-        Lengths default to the longest row's. `torch.nn.functional.one_hot(map + 1)[..., 1:]` gives the [B, T, C]
-        matrices of tokenkit and NeMo-RL, which nothing here needs.
+        Lengths default to the longest row's. NeMo-RL's form of an alignment, with `adapters.nemo_rl_fields`.
         """
         return (
             self._padded(self.student_chunk, self.student_ptr, student_length),
@@ -100,3 +133,9 @@ class Alignment:
             "truncated": int(((flags & (STUDENT_TRUNCATED | TEACHER_TRUNCATED)) != 0).sum()),
             "dropped": int(((flags & DROPPED) != 0).sum()),
         }
+
+
+def _renumbered(chunk: Tensor, group: Tensor) -> Tensor:
+    if not len(group):
+        return chunk
+    return torch.where(chunk < 0, -1, group[chunk.clamp(min=0).long()]).to(chunk.dtype)

@@ -3,7 +3,6 @@ via Approximate Likelihood Matching", arXiv 2503.20083)."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from potstill.teachers import Head
 from potstill.xtok.alignment import Alignment
-from potstill.xtok.at import log_probs_at
+from potstill.xtok.chunks import at_chunk_ends, chunk_log_probs, merged_at_words, next_token_log_probs, predicted_chunks
+from potstill.xtok.coins import DIVERGENCES, coins
 
-DIVERGENCES = ("forward_kl", "soft_cross_entropy", "reverse_kl", "total_variation", "renyi", "squared")
 WEIGHTS = ("chunk", "token", "log")
-EPS = 1e-6  # nats that keep a certain chunk a little below certain
 
 
 def alm_loss(
@@ -34,8 +32,9 @@ def alm_loss(
     tau: in nats; math.inf is the limit of tau times the divergence, finite where all chunks are unlikely.
     weights: "chunk" (1 each), "token" (student tokens), "log" (1 + log of them).
     chunk_mask: bool [C], chunks to keep beside `alignment.valid`.
-    boundary_log_probs: (student [n], teacher [m]), log-probability that a word ends behind each token; that of a
-        chunk's last token is added to the chunk, which takes out what the two tokenizers know of its end.
+    boundary_log_probs: (student [n], teacher [m]), log-probability that a word ends behind each token, the mass of
+        `VocabBytes.word_starts` in its row; that of a chunk's last token is added to the chunk, which takes out what
+        the two tokenizers know of its end (outcome debiasing).
     reduction: "mean" (sum(w * l) / sum(w), or / num_items), "sum", or "none" ([C], 0 where a chunk is left out).
 
     Log-probs above 0 count as 0. Without chunks the loss is 0 with zero gradients.
@@ -46,17 +45,11 @@ def alm_loss(
         raise ValueError(f"weights={weights!r} must be one of {WEIGHTS}, reduction={reduction!r} mean, sum or none")
     if not tau > 0 or (divergence == "renyi" and (alpha <= 0 or alpha == 1)):
         raise ValueError(f"tau={tau} must be positive, alpha={alpha} positive and not 1")
-    student = _chunk_sums(student_log_probs, alignment.student_chunk, len(alignment), "student")
-    teacher = _chunk_sums(teacher_log_probs.detach(), alignment.teacher_chunk, len(alignment), "teacher")
+    student = chunk_log_probs(student_log_probs, alignment, "student")
+    teacher = chunk_log_probs(teacher_log_probs.detach(), alignment, "teacher")
     if boundary_log_probs is not None:
-        last = alignment.spans[:, :, 1] - 1
-        row = torch.repeat_interleave(
-            torch.arange(alignment.num_rows, device=last.device), alignment.row_ptr[1:] - alignment.row_ptr[:-1]
-        )
-        s_last = (last[:, 0] + alignment.student_ptr[row]).clamp(min=0)
-        t_last = (last[:, 1] + alignment.teacher_ptr[row]).clamp(min=0)
-        student = student + boundary_log_probs[0][s_last].clamp(max=0)
-        teacher = teacher + boundary_log_probs[1].detach()[t_last].clamp(max=0)
+        ends = at_chunk_ends(boundary_log_probs, alignment)
+        student, teacher = student + ends[0], teacher + ends[1].detach()
     keep = alignment.valid if chunk_mask is None else alignment.valid & chunk_mask
     tokens = (alignment.spans[:, 0, 1] - alignment.spans[:, 0, 0]).to(student.dtype)
     weight = {"chunk": torch.ones_like, "token": lambda n: n, "log": lambda n: 1 + n.clamp(min=1).log()}[weights](
@@ -65,9 +58,7 @@ def alm_loss(
     weight = torch.where(keep, weight, 0.0)
     # what is left out must not meet the formula: its bytes differ, and 0 * inf is no zero
     x, y = torch.where(keep, student, -1.0), torch.where(keep, teacher.to(student.dtype), -1.0)
-    loss = weight * (
-        _limit(x, y, divergence, alpha) if math.isinf(tau) else _coins(x / tau, y / tau, divergence, alpha)
-    )
+    loss = weight * coins(x, y, divergence, tau, alpha)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -77,108 +68,39 @@ def alm_loss(
 
 def linear_alm_loss(
     student_hidden: Tensor, student_head: Head | Tensor, student_ids: Tensor, teacher_log_probs: Tensor,
-    alignment: Alignment, *, precise: bool = False, **options: Any,
+    alignment: Alignment, *, word_starts: Tensor | None = None, teacher_boundary: Tensor | None = None,
+    merge_below: float | None = None, chunk_mask: Tensor | None = None, precise: bool = False,
+    chunk_rows: int | None = None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """`alm_loss` from the student's last hidden states through its head; no [tokens, vocabulary] matrix is held.
 
     student_hidden: [n, D] or [B, T, D] and student_ids [n] or [B, T], laid out as alignment.student_chunk: row i is the
-    state at token i, which predicts token i + 1. Chunks that hold a row's first token on either side, which nothing
-    predicts, are left out. Options as in `alm_loss`.
+        state at token i, which predicts token i + 1. Chunks that hold a row's first token on either side, which nothing
+        predicts, are left out.
+    word_starts: bool [V] of the student, and teacher_boundary [m], log-probability that a word ends behind each of the
+        teacher's tokens: the ends of chunks are debiased with them, in the same read of the logits.
+    merge_below: with these, chunks whose end either side gives a smaller probability are merged with the next
+        (`merged_at_words`); then chunk_mask and reduction="none" do not go with it.
+    precise, chunk_rows: as in `linear_distill_loss`.  Other options as in `alm_loss`.
     """
-    found = next_token_log_probs(student_hidden, student_head, student_ids, alignment.student_ptr, precise=precise)
+    if (word_starts is None) != (teacher_boundary is None):
+        raise ValueError("word_starts and teacher_boundary go together: the student's side and the teacher's")
+    found = next_token_log_probs(
+        student_hidden, student_head, student_ids, alignment.student_ptr, word_starts=word_starts, precise=precise,
+        chunk_rows=chunk_rows,
+    )  # fmt: skip
+    boundary = None
+    if isinstance(found, tuple):
+        assert teacher_boundary is not None
+        found, ends = found
+        boundary = ends, teacher_boundary
+    if merge_below is not None:
+        if boundary is None or chunk_mask is not None or options.get("reduction") == "none":
+            raise ValueError(
+                "merge_below needs word_starts and teacher_boundary, and makes other chunks than chunk_mask and "
+                "reduction='none' count; merge beforehand with merged_at_words for these"
+            )
+        alignment = merged_at_words(alignment, boundary, merge_below)
     mask = predicted_chunks(alignment)
-    if options.get("chunk_mask") is not None:
-        mask = mask & options.pop("chunk_mask")
-    options.pop("chunk_mask", None)
-    return alm_loss(found, teacher_log_probs, alignment, chunk_mask=mask, **options)
-
-
-def next_token_log_probs(
-    hidden: Tensor, head: Head | Tensor, ids: Tensor, ptr: Tensor | None = None, *, precise: bool = False
-) -> Tensor:
-    """Log-probability [n] of every token given those before it; 0 for the first token of each row.
-
-    hidden: [n, D] with ids [n] and ptr [B+1], or [B, T, D] with ids [B, T]. The state before a token predicts it.
-    """
-    if hidden.dim() == 3:
-        ptr = torch.arange(0, ids.numel() + 1, ids.shape[1], device=ids.device)
-    if ptr is None:
-        raise ValueError("flat hidden states [n, D] need ptr [B+1], where each row begins")
-    flat, ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1)
-    if len(flat) != len(ids):
-        raise ValueError(f"{len(flat)} hidden states were given for {len(ids)} ids; they must be as many")
-    target = torch.cat([ids[1:], ids.new_full((1,), -1)]).long() if len(ids) else ids.long()
-    ends = (ptr[1:] - 1)[ptr[1:] > ptr[:-1]]
-    target[ends] = -1  # the last state of a row predicts nothing of it
-    found = log_probs_at(flat, head, target, precise=precise)
-    return torch.cat([found.new_zeros(1), found[:-1]]) if len(ids) else found
-
-
-def predicted_chunks(alignment: Alignment) -> Tensor:
-    """bool [C]: the chunk holds no first token of its row, which nothing predicts."""
-    return (alignment.spans[:, :, 0] > 0).all(1)
-
-
-def _chunk_sums(log_probs: Tensor, chunk: Tensor, count: int, side: str) -> Tensor:
-    """Sums over the tokens of each chunk, [C]."""
-    flat = log_probs.reshape(-1)
-    if len(flat) != len(chunk):
-        raise ValueError(f"{side}_log_probs has {len(flat)} values, the alignment {len(chunk)} {side} tokens")
-    flat = flat.to(torch.promote_types(flat.dtype, torch.float32)).clamp(max=0)
-    # the slot behind the last chunk takes what belongs to none
-    slot = torch.where(chunk < 0, count, chunk).long()
-    return flat.new_zeros(count + 1).index_add(0, slot, flat)[:count]
-
-
-class _Log1mexp(torch.autograd.Function):
-    """log(1 - exp(x)) for x < 0, with a slope that is right next to 0: -1 / expm1(-x)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return -grad / torch.expm1(-x)
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0: exact next to 0 and far from it, in value and slope."""
-    return _Log1mexp.apply(x)
-
-
-def _coins(x: Tensor, y: Tensor, divergence: str, alpha: float) -> Tensor:
-    """Divergence of the coins q = exp(x - EPS) from p = exp(y - EPS), [C]."""
-    b, a = x - EPS, y - EPS
-    if divergence == "total_variation":
-        return torch.maximum(a, b).exp() * -torch.expm1(-(x - y).abs())
-    if divergence == "squared":
-        return (x - y).square() / 2
-    not_a, not_b = log1mexp(a), log1mexp(b)
-    if divergence == "soft_cross_entropy":
-        return -(a.exp() * b - torch.expm1(a) * not_b)
-    if divergence == "forward_kl":
-        return a.exp() * (y - x) - torch.expm1(a) * (not_a - not_b)
-    if divergence == "reverse_kl":
-        return b.exp() * (x - y) - torch.expm1(b) * (not_b - not_a)
-    both = torch.logaddexp(alpha * a + (1 - alpha) * b, alpha * not_a + (1 - alpha) * not_b)
-    return both / (alpha - 1)
-
-
-def _limit(x: Tensor, y: Tensor, divergence: str, alpha: float) -> Tensor:
-    """The limit of tau * divergence as tau grows: the coins become rates -x and -y."""
-    q, p = EPS - x, EPS - y
-    if divergence == "forward_kl":
-        return q - p + p * (p / q).log()
-    if divergence == "soft_cross_entropy":
-        return q - p * q.log()
-    if divergence == "reverse_kl":
-        return p - q + q * (q / p).log()
-    if divergence == "total_variation":
-        return (p - q).abs()
-    if divergence == "squared":
-        return (p - q).square() / 2
-    return (p**alpha * q ** (1 - alpha) - alpha * p - (1 - alpha) * q) / (alpha - 1)
+    mask = mask if chunk_mask is None else mask & chunk_mask
+    return alm_loss(found, teacher_log_probs, alignment, chunk_mask=mask, boundary_log_probs=boundary, **options)

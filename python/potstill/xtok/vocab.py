@@ -141,6 +141,14 @@ class VocabBytes:
         found.setflags(write=False)
         return found
 
+    def word_starts(self, *, specials: bool = True) -> NDArray[np.bool_]:
+        """bool [V]: ids that begin a word, so that a word before them has ended: content whose first byte is ASCII
+        whitespace, and special tokens (a text or turn ends) unless told not to count. Their mass in a row is the
+        probability that a word ends there; see `linear_alm_loss`."""
+        space = np.isin(self._native.first_bytes(), np.frombuffer(b" \t\n\r\f\v", np.uint8))
+        special = (self.flags & SPECIAL) != 0
+        return np.where(special, specials, space & (self.lengths > 0) & ((self.flags & UNKNOWN) == 0))
+
     @property
     def rules(self) -> dict[str, Any]:
         """kind, prefix, drops_space, normal (steps of normalisation), roles."""
