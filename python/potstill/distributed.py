@@ -6,13 +6,14 @@ Not to be confused with a head that stays cut along the vocabulary: `Head(rows, 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.capture.hidden import unwrap
+from potstill.capture.hidden import fsdp2_units, unwrap
 from potstill.heads import head_of, output_projection
 from potstill.teachers import Head
 
@@ -27,8 +28,10 @@ def materialized_head(
         loss = linear_distill_loss(hidden, head, teacher)
 
     A collective: every process enters it, in training and in evaluation. Parameters that are whole are taken as they
-    are. FSDP2 (a DTensor): one all-gather; in backward the gradient is averaged over the processes and each keeps its
-    shard, as FSDP does with other parameters. ZeRO-3: `deepspeed.zero.GatheredParameters` while the context is open.
+    are. FSDP2: after `student_hidden` the head is still whole from the forward's own all-gather and FSDP reduces its
+    gradient; without gradients its unit is released when the context ends. A DTensor (FSDP2 without that forward,
+    tensor parallelism): one all-gather; in backward the gradient is averaged over the processes and each keeps its
+    shard. ZeRO-3: `deepspeed.zero.GatheredParameters` while the context is open.
 
     What the model applies to its logits is not asked of the sharded model: call `Head.from_model(model)` once before it
     is sharded, and what it finds is remembered; otherwise the usual meaning of the configuration is taken.
@@ -36,25 +39,47 @@ def materialized_head(
     vocab_size, hidden: as for Head.from_model.
     dtype: of the gathered copy; the dtype of the hidden states under FSDP2's mixed precision.
 
-    Raises ValueError for a weight that is cut along more than one dimension of a device mesh (tensor parallelism).
+    Raises ValueError for a weight that is cut along more than one dimension of a device mesh, and for FSDP1.
     """
+    _refuse_fsdp1(model)
     inner = unwrap(model)
     module = output_projection(inner)
-    with _zero3([x for x in (module.weight, module.bias) if hasattr(x, "ds_id")]):
-        yield head_of(inner, vocab_size=vocab_size, hidden=hidden, check=False, whole=lambda x: _whole(x, dtype))
+    try:
+        with zero3_gathered([x for x in (module.weight, module.bias) if x is not None]):
+            yield head_of(inner, vocab_size=vocab_size, hidden=hidden, check=False, whole=lambda x: gathered(x, dtype))
+    finally:
+        if not torch.is_grad_enabled():  # with gradients the backward releases them
+            for unit in fsdp2_units(model, module):
+                unit.reshard()
 
 
-def _zero3(parameters: list[Any]) -> Any:
-    """DeepSpeed's context in which these parameters are whole; nothing for none."""
-    if not parameters:
+def is_sharded(model: Any) -> bool:
+    """Whether a parameter of the model is in shards (a DTensor, or ZeRO-3's)."""
+    return any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def _refuse_fsdp1(model: Any) -> None:
+    if "torch.distributed.fsdp.fully_sharded_data_parallel" not in sys.modules:
+        return
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            "the model is wrapped by FullyShardedDataParallel (FSDP1), whose head is a view into a flat shard: shard "
+            "it with FSDP2 (torch's fully_shard; fsdp_version: 2 in accelerate's configuration)"
+        )
+
+
+def zero3_gathered(parameters: list[Any]) -> Any:
+    """DeepSpeed's context in which those of the parameters that ZeRO-3 has cut are whole; nothing for none."""
+    cut = [x for x in parameters if hasattr(x, "ds_id")]
+    if not cut:
         return contextlib.nullcontext()
     import deepspeed  # whose parameters they are
 
-    return deepspeed.zero.GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(cut)
 
 
-def _whole(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x gathered where it is a DTensor. The result keeps its memory when the parameter is released."""
+def gathered(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x, gathered (and converted to `dtype`) where it is a DTensor. It keeps its memory when ZeRO-3 releases x."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(x, DTensor):

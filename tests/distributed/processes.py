@@ -20,7 +20,7 @@ def worker(rank: int, world: int, folder: str, work: Callable[..., None], argume
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(seconds=300),
         )  # fmt: skip
         work(rank, world, *arguments)
         dist.barrier()
@@ -43,7 +43,7 @@ def run(folder: Path, world: int, work: Callable[..., None], *arguments: Any) ->
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(600)  # a hang ends here; on a busy machine imports alone take minutes
     for process in processes:
         if process.is_alive():
             process.kill()

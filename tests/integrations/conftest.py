@@ -43,3 +43,21 @@ def cache(tmp_path_factory, model, sequences):
         for key, tokens in sequences.items():
             writer.add(key, tokens, exact_rows(model, tokens))
     return ps.cache.open(folder)
+
+
+def tiny_tokenizer(changed: str = ""):
+    """Words w1, w2, ... as the ids 1, 2, ...; a chat template; `changed` replaces the last word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", *(f"w{i}" for i in range(1, VOCAB - 1)), changed or f"w{VOCAB - 1}"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="w2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -22,13 +23,27 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def fsdp2_units(model: nn.Module, module: nn.Module) -> list[Any]:
+    """The FSDP2 units (`fully_shard`) around a module, itself included, the innermost first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was never imported nothing is sharded by it
+    unit_type = getattr(fsdp, "FSDPModule", None)
+    name = None if unit_type is None else next((name for name, m in model.named_modules() if m is module), None)
+    if unit_type is None or name is None:
+        return []
+    path = name.split(".") if name else []
+    around = (model.get_submodule(".".join(path[:n])) for n in range(len(path), -1, -1))
+    return [m for m in around if isinstance(m, unit_type)]
+
+
 def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -> tuple[Tensor, Any]:
     """Runs `model(**inputs)`; (hidden [B, L, D], outputs): hidden is exactly what the model's head is given.
 
     The whole forward runs, wrappers included, so the hooks of DDP and FSDP fire; the head itself is given the
     last position only, so `outputs.logits` is [B, 1, V] and nothing of size [B, L, V] exists. With
     `all_logits` the head runs on every position. `position_ids` is left out for models whose forward has no
-    such argument.
+    such argument. Under FSDP2 the units around the head are told to stay whole after their forward (as a root does by
+    default): the loss takes the weight from the same all-gather, and as it does not come from these units' outputs,
+    nothing would gather them again for the backward.
 
     Raises TypeError when the model has no output embeddings, ValueError when its forward did not call them
     once.
@@ -41,6 +56,8 @@ def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -
         )
     if "position_ids" in inputs and "position_ids" not in inspect.signature(inner.forward).parameters:
         inputs.pop("position_ids")
+    for unit in fsdp2_units(model, head):
+        unit.set_reshard_after_forward(False, recurse=False)
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -64,6 +81,7 @@ def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -
 
 
 @torch.no_grad()
-def teacher_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def teacher_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
     """hidden [B, L, D] of `model` on `input_ids` [B, L] without gradients or a key-value cache."""
-    return final_hidden(model, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    inputs = {**inputs, "use_cache": False}
+    return final_hidden(model, input_ids=input_ids, attention_mask=attention_mask, **inputs)[0]

@@ -40,6 +40,10 @@ class CacheCollator:
     each sequence, which no row predicts, so that a count of labels is a count of rows with a target however it is
     taken.
 
+    packed: the sequences of a batch lie one behind the other in a single row [1, N] instead, without padding and
+    without attention_mask; position_ids begin again with each, and cu_seq_lens_q, cu_seq_lens_k [B + 1],
+    max_length_q, max_length_k give the boundaries to attention kernels that take them.
+
     Raises ValueError naming the key for an example without teacher rows, TypeError for an example without
     `key`.
     """
@@ -53,20 +57,26 @@ class CacheCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int = 1,
         key: str = "key",
+        packed: bool = False,
     ) -> None:
         self.cache = ps_cache.open(cache) if isinstance(cache, (str, os.PathLike)) else cache
         tokenizer = None if isinstance(tokenizer_or_pad_id, int) else tokenizer_or_pad_id
+        self.tokenizer = tokenizer
         self.pad_id = tokenizer_or_pad_id if tokenizer is None else _pad_id(tokenizer)
         self.padding_side = padding_side or getattr(tokenizer, "padding_side", None) or "right"
         if self.padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is {self.padding_side!r}: it must be 'left' or 'right'")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length is {max_length}: a row needs a token after it, so at least 2")
-        self.max_length, self.multiple, self.key = max_length, pad_to_multiple_of, key
+        if packed and pad_to_multiple_of != 1:
+            raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}: packed rows have no padding, give 1")
+        self.max_length, self.multiple, self.key, self.packed = max_length, pad_to_multiple_of, key, packed
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         keys = [self._key(example, at) for at, example in enumerate(examples)]
         tokens = [self._tokens(example, key) for example, key in zip(examples, keys, strict=True)]
+        if self.packed:
+            return self._packed(examples, keys, tokens)
         rows: Any = self.cache.batch(keys, tokens=tokens)  # [B, longest, K]; compares the tokens
         longest = max(len(t) for t in tokens)
         length = -(-longest // self.multiple) * self.multiple
@@ -85,9 +95,7 @@ class CacheCollator:
             at = slice(length - n, length) if self.padding_side == "left" else slice(0, n)
             batch["input_ids"][b, at] = torch.from_numpy(ids.astype(np.int64))
             batch["attention_mask"][b, at] = 1
-            labels = batch["labels"][b, at]  # a view
-            labels[:] = self._labels(example, ids, keys[b])
-            labels[0] = IGNORED
+            batch["labels"][b, at] = self._labels(example, ids, keys[b])
             batch["teacher_ids"][b, at] = rows.ids[b, :n]
             batch["teacher_log_probs"][b, at] = rows.log_probs[b, :n]
             batch["teacher_log_rest"][b, at] = rows.log_rest[b, :n]
@@ -96,6 +104,26 @@ class CacheCollator:
         if self.padding_side == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return batch
+
+    def _packed(
+        self, examples: Sequence[Mapping[str, Any]], keys: list[str], tokens: list[np.ndarray]
+    ) -> dict[str, Any]:
+        rows: Any
+        rows, bounds = self.cache.packed(keys, tokens=tokens)  # TopK [N, K]; int32 [B + 1]
+        starts, longest = torch.from_numpy(bounds), int(np.diff(bounds).max())
+        labels = [self._labels(x, ids, key) for x, ids, key in zip(examples, tokens, keys, strict=True)]
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(tokens).astype(np.int64))[None],
+            "position_ids": torch.cat([torch.arange(len(ids)) for ids in tokens])[None],
+            "labels": torch.cat(labels)[None],
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "teacher_ids": rows.ids[None],
+            "teacher_log_probs": rows.log_probs[None],
+            "teacher_log_rest": rows.log_rest[None],
+        } | {f"{AT}{t}": rest[None] for t, rest in rows.log_rest_at.items()}
 
     def _key(self, example: Mapping[str, Any], at: int) -> str:
         key = example.get(self.key)
@@ -127,15 +155,15 @@ class CacheCollator:
         return np.asarray(tokens[: self.max_length], dtype=np.int32)
 
     def _labels(self, example: Mapping[str, Any], ids: np.ndarray, key: str) -> Tensor:
+        """[L] int64, -100 at the first token."""
         given = example.get("labels")
-        if given is None:
-            return torch.from_numpy(ids.astype(np.int64))
-        labels = torch.as_tensor(np.asarray(given), dtype=torch.int64)[: self.max_length]
+        labels = torch.as_tensor(np.array(ids if given is None else given), dtype=torch.int64)[: self.max_length]
         if labels.shape != (len(ids),):
             raise ValueError(
                 f"{key!r}: {tuple(labels.shape)} labels for {len(ids)} tokens; there is one a token, -100 "
                 "where none is to be learnt"
             )
+        labels[0] = IGNORED
         return labels
 
 
