@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "potstill"
 OUTSIDE = {"../README.md": "index.md", "../CONTRIBUTING.md": "contributing.md"}
-KINDS = ("ValueError", "TypeError", "RuntimeError", "FileNotFoundError", "NotImplementedError")
+KINDS = ("ValueError", "TypeError", "RuntimeError", "FileNotFoundError", "NotImplementedError", "WrongCache")
 
 
 def on_files(files: Any, config: Any) -> Any:
