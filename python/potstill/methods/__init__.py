@@ -1,9 +1,7 @@
 """What published methods need beyond the losses, and every published method as a recipe: `catalog()`.
 
-Hidden states, relations, contrasts, restricted vocabularies, preferences, averaged teachers, schedules, samplers,
-metrics, blocks. Modules and names are imported on first use. Functions are named for what they compute; docstrings say
-which paper it is and how well its formula is known ("read in the authors' code", "read in the paper", "second hand",
-"from memory").
+Modules and names are imported on first use. Functions are named for what they compute; docstrings say which paper it is
+and how well its formula is known ("read in the authors' code", "read in the paper", "second hand", "from memory").
 """
 
 from __future__ import annotations
@@ -19,7 +17,9 @@ if TYPE_CHECKING:
         hidden,
         metrics,
         on_policy,
+        papers,
         preference,
+        recipes,
         relation,
         restricted,
         rollout,
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
         scoring,
         sources,
         speculative,
-    )  # fmt: skip
+    )
+    from potstill.methods.papers import catalog
 
 _MODULES: tuple[str, ...] = (
-    "blocks", "contrastive", "ema", "hidden", "metrics", "on_policy", "preference", "relation",
+    "blocks", "contrastive", "ema", "hidden", "metrics", "on_policy", "papers", "preference", "recipes", "relation",
     "restricted", "rollout", "samplers", "schedules", "scoring", "sources", "speculative",
 )  # fmt: skip
-_NAMES: dict[str, str] = {}  # public name -> the module that has it
+_NAMES: dict[str, str] = {"catalog": "papers"}  # public name -> the module that has it
 
 __all__ = [
-    "blocks", "contrastive", "ema", "hidden", "metrics", "on_policy", "preference", "relation",
-    "restricted", "rollout", "samplers", "schedules", "scoring", "sources", "speculative",
+    "blocks", "catalog", "contrastive", "ema", "hidden", "metrics", "on_policy", "papers", "preference", "recipes",
+    "relation", "restricted", "rollout", "samplers", "schedules", "scoring", "sources", "speculative",
 ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def similarity_loss(
 
 
 def soft_targets(
-    anchors: Tensor, candidates: Tensor, *, temperature: float = 0.07, alpha: float | Tensor = 1.0,
+    anchors: Tensor, candidates: Tensor, *, temperature: float | Tensor = 0.07, alpha: float | Tensor = 1.0,
     positives: Tensor | None = None, normalize: bool = True,
 ) -> HiddenTeacher | Mix:  # fmt: skip
     """alpha * softmax(a_i . c_j / temperature) + (1 - alpha) * one-hot(positive), a teacher that is never held whole.
