@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def sealed(path: Path, kind: str) -> Any:
     assert tail.startswith(b',"xxh3":"') and tail.endswith(b'"}\n')
     assert xxh3(head) in (None, int(tail[9:25], 16))
     file = json.loads(text)
-    assert file["potstill"] == kind and file["version"][0] == 1 and file["required"] == []
+    assert file["potstill"] == kind and file["version"][0] == 1
+    if "spec" in file["body"]:
+        assert file["required"] == (["columns"] if "columns" in json.loads(file["body"]["spec"]) else [])
     return file["body"]
 
 
@@ -65,17 +68,42 @@ def rows(payload: bytes, n: int, entries: int, k: int, id_bits: int) -> tuple[np
     return tokens, ids, log_probs, log_rest
 
 
-def check_hashes(stored: bytes, tokens: np.ndarray, content: bytes) -> None:
+def check_hashes(stored: bytes, tokens: np.ndarray, content: bytes, further: bytes | None) -> None:
     if xxhash is not None:
+        if further is not None:
+            both = [xxhash.xxh3_128_intdigest(x) for x in (content, further)]
+            content = b"".join(x.to_bytes(16, "little") for x in both)
         mine = [xxhash.xxh3_128_intdigest(x) for x in (tokens.astype("<u4").tobytes(), content)]
         assert [int.from_bytes(stored[i : i + 16], "little") for i in (0, 16)] == mine
 
 
-def shard(path: Path, spec_text: str, further: bool = False) -> dict[str, tuple[np.ndarray, ...]]:
+@dataclass
+class Column:
+    name: str
+    dtype: str
+    width: int
+    per: str
+    labels: tuple[str, ...] = ()
+
+    def read(self, payload: bytes, n: int) -> np.ndarray:
+        size = 4 if self.dtype == "fp32" else 2
+        assert len(payload) == n * self.width * size
+        if self.dtype == "bf16":  # the upper half of an fp32
+            values = (np.frombuffer(payload, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(payload, "<f2" if self.dtype == "fp16" else "<f4").astype(np.float32)
+        assert np.isfinite(values).all()
+        return values.reshape(n, self.width)
+
+
+def shard(path: Path, spec_text: str, columns: bool = False) -> dict[str, tuple[np.ndarray, ...]]:
     data = path.read_bytes()
     assert data[:8] == b"\x89PSC\r\n\x1a\n" and data[-8:] == b"\x89PSE\r\n\x1a\n"
     major, _, header_len, required, _, codec, params_len, vocab, k, zero = struct.unpack_from("<HHIQQHHIII", data, 8)
-    assert (major, required, params_len, zero) == (1, codec, 32 if codec else 1, 0) and codec < 2
+    spec = json.loads(spec_text)
+    further = [Column(**c) for c in spec.get("columns", [])]
+    flags = codec | 2 * bool(further)
+    assert (major, required, params_len, zero) == (1, flags, 32 if codec else 1, 0) and codec < 2
     assert data[48:80] == hashlib.sha256(spec_text.encode()).digest()
     if codec:
         (size,) = struct.unpack_from("<I", data, 88)
@@ -101,39 +129,48 @@ def shard(path: Path, spec_text: str, further: bool = False) -> dict[str, tuple[
     for (count, tokens, key_len, ext_len, _), hashed in zip(heads, hashes, strict=True):
         key = footer[key_at : key_at + key_len].decode()
         key_at += key_len + ext_len
-        pieces, coded, payloads = [], [], b""
+        pieces, coded, payloads, extra, extra_payloads = [], [], b"", [[] for _ in further], b""
         for i in range(block, block + count):
             check, length, n, entries, kind, _ = blocks[i]
             body = data[offset : offset + length]
             assert xxh3(body[:-8]) in (None, check) and struct.unpack("<Q", body[-8:])[0] == check
             magic, kind_, flags, number, n_, first, entries_, klen, _, plen = struct.unpack_from("<4sHHIIIIHHI", body)
-            assert (magic, kind_, number, n_, entries_) == (b"PSBK", kind, i, n, entries)
+            assert (magic, kind_, number, n_, entries_) == (b"PSBK", kind, i, n, entries) and 0 <= kind <= len(further)
             assert body[32 : 32 + klen].decode() == key and flags == int(i == block + count - 1)
-            assert first == sum(len(p[0]) for p in pieces)
             start = 32 + up8(klen)
             payload = body[start : start + plen]
+            offset += length
+            if kind:
+                assert first == sum(map(len, extra[kind - 1])) and not entries and not any(extra[kind:])
+                extra[kind - 1].append(further[kind - 1].read(payload, n))
+                extra_payloads += payload
+                continue
+            assert first == sum(len(p[0]) for p in pieces) and not any(extra)
             if tables:
                 coded += (mine := tables.block(payload, n, entries))
                 pieces.append(tables.arrays(mine))
             else:
                 pieces.append(rows(payload, n, entries, k, id_bits))
             payloads += payload
-            offset += length
         block += count
-        columns = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        check_hashes(hashed, columns[0], dense.content(coded, tables.layout.kind) if tables else payloads)
-        found[key] = columns if further else columns[:4]
+        whole = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        content = dense.content(coded, tables.layout.kind) if tables else payloads
+        check_hashes(hashed, whole[0], content, extra_payloads if further else None)
+        named = {c.name: np.concatenate(parts) for c, parts in zip(further, extra, strict=True)}
+        assert [len(v) for v in named.values()] == [tokens if c.per == "token" else 1 for c in further]
+        found[key] = whole[:4] if not columns else (*whole, named) if further else whole
         assert len(found[key][0]) == tokens
     assert block == n_blocks and sum(len(s[0]) for s in found.values()) == total
     assert data[offset : offset + size] == stored and offset + size == len(data) - 32 - footer_len
     return found
 
 
-def cache(path: Path, further: bool = False) -> dict[str, tuple[np.ndarray, ...]]:
-    """{key: (tokens, ids, log_probs, log_rest)} of a whole cache, from its manifest (further: extra, lse, counts)."""
+def cache(path: Path, columns: bool = False) -> dict[str, tuple[np.ndarray, ...]]:
+    """{key: (tokens, ids, log_probs, log_rest)} of a whole cache, from its manifest; with `columns` also extra, lse,
+    counts (codec 1) and, where the spec has them, the further columns by name."""
     manifest = sealed(Path(path) / "manifest.json", "manifest")
     found: dict[str, tuple[np.ndarray, ...]] = {}
     for entry in manifest["shards"]:
-        for key, value in shard(Path(path) / "shards" / f"{entry['name']}.shard", manifest["spec"], further).items():
+        for key, value in shard(Path(path) / "shards" / f"{entry['name']}.shard", manifest["spec"], columns).items():
             found.setdefault(key, value)
     return found

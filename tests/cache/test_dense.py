@@ -84,7 +84,7 @@ def test_every_column_in_both_readers(tmp_path_factory, lab, independent, values
     theirs = dict(
         zip(
             ("tokens", "ids", "log_probs", "log_rest", "extra", "lse", "counts"),
-            independent.cache(path, further=True)["x"],
+            independent.cache(path, columns=True)["x"],
             strict=True,
         )
     )

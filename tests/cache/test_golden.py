@@ -88,7 +88,7 @@ def dense(request):
 
 def test_golden_dense_caches_read_in_both_readers(dense, independent):
     path, expected, _ = dense
-    store, theirs = cache.open(path), independent.cache(path, further=True)
+    store, theirs = cache.open(path), independent.cache(path, columns=True)
     assert store.keys() == list(expected) == list(theirs) and store.verify().ok
     for key, columns in expected.items():
         tokens, buffers = store._decode(key)
@@ -108,3 +108,39 @@ def test_the_writer_still_makes_the_dense_bytes(tmp_path, dense):
             w.flush()
     ours = {f.name: f.read_bytes() for f in (tmp_path / "c" / "shards").iterdir()}
     assert ours == {f.name: f.read_bytes() for f in (path / "shards").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def further():
+    """The folder with further columns, and what was given to its writer, by key and name."""
+    with np.load(GOLDEN / "cache_v1_columns.npz") as stored:
+        keys = [str(key) for key in stored["keys"]]
+        names = ("tokens", "ids", "log_probs", "log_rest", "hidden", "half", "scores", "classes", "mass")
+        return GOLDEN / "cache_v1_columns", {
+            key: {name: stored[f"{i}_{name}"] for name in names} for i, key in enumerate(keys)
+        }
+
+
+def test_golden_columns_read_in_both_readers(further, independent):
+    path, given = further
+    store, theirs = cache.open(path), independent.cache(path, columns=True)
+    assert store.keys() == list(given) == list(theirs) and store.verify().ok
+    assert [c.name for c in store.spec.columns] == ["hidden", "half", "scores", "classes", "mass"]
+    for key, columns in given.items():
+        for column in store.spec.columns:
+            got, want = store.column(key, column.name).float().numpy(), columns[column.name]
+            np.testing.assert_array_equal(got.ravel(), theirs[key][-1][column.name].ravel())
+            np.testing.assert_allclose(got, want, rtol={"bf16": 2**-8, "fp16": 2**-11, "fp32": 0}[column.dtype])
+
+
+def test_the_writer_still_makes_the_bytes_of_columns(tmp_path, further):
+    path, given = further
+    with cache.Writer(tmp_path / "c", cache.open(path).spec) as w:
+        for key, columns in given.items():
+            named = {name: columns[name] for name in ("hidden", "scores", "classes")}
+            more = {name: columns[name] for name in ("half", "mass")}
+            w.add(key, columns["tokens"], SimpleNamespace(**columns), **named, columns=more)
+            w.flush()
+    files = ["manifest.json", "log/0000000000.json", *(f"shards/{f.name}" for f in (path / "shards").iterdir())]
+    for name in files:
+        assert (tmp_path / "c" / name).read_bytes() == (path / name).read_bytes(), name

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from potstill import cache
 
-WRITER = """
-import sys
-from types import SimpleNamespace
-import numpy as np
-from potstill import cache
-path, n = sys.argv[1], int(sys.argv[2])
-spec = cache.Spec(vocab_size=500, k=4)
-print("ready", flush=True)
-with cache.Writer(path, spec, shard_bytes=3000) as w:
-    print("salvaged", w.salvaged, flush=True)
-    for i in range(n):
-        if f"s{i}" in w:
-            continue
-        rng = np.random.default_rng(i)
-        length = int(rng.integers(1, 60))
-        ids = np.argsort(rng.random((length, 500)), -1)[:, :4]
-        lp = -np.sort(rng.random((length, 4)) + 2, -1)
-        top = SimpleNamespace(ids=ids, log_probs=lp, log_rest=np.zeros(length) - 1)
-        w.add(f"s{i}", rng.integers(0, 500, length), top)
-        print("added", flush=True)
-        if i % 17 == 0:
-            w.flush()
-print("done", flush=True)
-"""
+from ..forks import exit_code, fork
+
 ENV = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 needs_signals = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+SEQUENCES = 700
 
 
-def start(path, n: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), str(n)], stdout=subprocess.PIPE, text=True, env=ENV
-    )
+@functools.cache  # forked writers inherit what the first one made
+def sequence(i: int) -> tuple[str, np.ndarray, SimpleNamespace]:
+    rng = np.random.default_rng(i)
+    length = int(rng.integers(1, 60))
+    ids = np.argsort(rng.random((length, 500)), -1)[:, :4]
+    log_probs = -np.sort(rng.random((length, 4)) + 2, -1)
+    top = SimpleNamespace(ids=ids, log_probs=log_probs, log_rest=np.zeros(length) - 1)
+    return f"s{i}", rng.integers(0, 500, length), top
+
+
+def write_all(path, step=lambda: None, first: int = 0) -> None:
+    """Adds what is missing of all sequences from number `first` on, with many commits; calls `step` before each."""
+    with cache.Writer(path, cache.Spec(vocab_size=500, k=4), shard_bytes=3000) as w:
+        for i in range(SEQUENCES):
+            number = (first + i) % SEQUENCES
+            if f"s{number}" in w:
+                continue
+            step()
+            w.add(*sequence(number))
+            if number % 17 == 0:
+                w.flush()
 
 
 def content(path) -> dict[str, bytes]:
@@ -52,40 +51,97 @@ def content(path) -> dict[str, bytes]:
     return {key: b"".join(np.ascontiguousarray(a).tobytes() for a in store.numpy(key)) for key in store.keys()}
 
 
+def killed_round(path, chance: random.Random) -> int:
+    """A forked writer that may add so many sequences and dies at a random moment; how many it had begun for certain."""
+    asks, asked = os.pipe()
+    grants, granted = os.pipe()
+
+    def body() -> None:
+        os.close(granted)  # at the test's own end the pipe breaks instead of waiting for ever
+
+        def step() -> None:
+            os.write(asked, b".")
+            if not os.read(grants, 1):
+                os._exit(3)
+
+        write_all(path, step)
+
+    pid = fork(body)
+    # some die while they open the cache, the others after a few sequences; then anywhere in the next ones
+    steps = chance.choice([0, 1, 5, 15, 30])
+    for _ in range(steps):
+        assert os.read(asks, 1) == b"."
+        os.write(granted, b".")
+    if steps:
+        assert os.read(asks, 1) == b"."
+        os.write(granted, b"." * 8)
+    time.sleep(chance.uniform(0, 0.004))
+    os.kill(pid, signal.SIGKILL)
+    assert exit_code(pid) == -signal.SIGKILL
+    for end in (asks, asked, grants, granted):
+        os.close(end)
+    return steps
+
+
 @needs_signals
-def test_pitfall_24_kill_9_at_any_moment(tmp_path):
-    """Fifteen kills: each leaves a cache that verifies and never lost a committed sequence; the last run
-    makes the same cache as a writer that nobody killed."""
-    n = 500
-    calm = start(tmp_path / "calm", n)
-    assert calm.stdout is not None and calm.stdout.read().endswith("done\n") and calm.wait() == 0
-    chance = random.Random(7)
-    held: set[str] = set()
-    took_over = 0
-    for round in range(15):
-        process = start(tmp_path / "c", n)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        # some die while they open the cache, the others after a few sequences; then anywhere in the next ones
-        for _ in range(chance.choice([0, 1, 5, 15, 30])):
-            process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.01))
-        process.send_signal(signal.SIGKILL)
-        assert not process.stdout.read().endswith("done\n"), "the writer was too fast to be killed"
-        process.wait()
-        if not (tmp_path / "c" / "log" / "0000000000.json").exists():
+@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_pitfall_24_kill_9_at_any_moment(tmp_path, rounds):
+    """Each kill leaves a cache that verifies and never lost a committed sequence; nothing begun before is added again;
+    the last run makes the same cache as a writer that nobody killed."""
+    write_all(tmp_path / "calm")
+    calm, chance = content(tmp_path / "calm"), random.Random(7)
+    path, held, took_over, begun, caches = tmp_path / "c0", set(), 0, 0, 0
+    for n in range(rounds):
+        begun += killed_round(path, chance)
+        if not (path / "log" / "0000000000.json").exists():
             continue
-        report = cache.verify_cache(tmp_path / "c")
-        assert report.ok, (round, report.problems)
-        keys = cache.open(tmp_path / "c").keys()
-        assert held <= set(keys) and len(set(keys)) == len(keys)
+        report = cache.verify_cache(path)
+        assert report.ok, (n, report.problems)
+        keys = cache.open(path).keys()
+        assert held <= set(keys) and len(set(keys)) == len(keys), n
         took_over += report.open_shards
         held = set(keys)
-    assert len(held) > 50, "the rounds hardly committed anything"
-    assert took_over, "no kill left an open shard behind"
-    last = start(tmp_path / "c", n)
-    assert last.stdout is not None and last.stdout.read().endswith("done\n") and last.wait() == 0
-    assert content(tmp_path / "c") == content(tmp_path / "calm")
-    assert cache.verify_cache(tmp_path / "c").ok and list((tmp_path / "c" / "open").iterdir()) == []
+        if len(held) > SEQUENCES - 100 or n == rounds - 1:  # nearly full, or the end: finish this one and begin another
+            write_all(path)
+            assert content(path) == calm
+            assert cache.verify_cache(path).ok and list((path / "open").iterdir()) == []
+            caches += 1
+            path, held = tmp_path / f"c{caches}", set()
+    assert begun > 5 * rounds, "the rounds hardly began anything"
+    assert took_over > rounds / 8, "few kills left an open shard behind"
+
+
+@needs_signals
+@pytest.mark.parametrize("seconds", [1, pytest.param(60, marks=pytest.mark.nightly)])
+def test_two_processes_write_and_one_reads_one_folder(tmp_path, seconds):
+    """The writers do the same work in other orders, again and again; a reader never meets an error or a torn row."""
+    write_all(tmp_path / "calm")
+    calm = content(tmp_path / "calm")
+    deadline, path, looks, grown = time.monotonic() + seconds, tmp_path / "c", 0, 0
+    while looks == 0 or time.monotonic() < deadline:
+        pids = [fork(lambda f=first: write_all(path, first=f)) for first in (0, SEQUENCES // 2)]
+        store = None
+        while True:
+            alive = [pid for pid in pids if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None]
+            if store is None and (path / "log" / "0000000000.json").exists():
+                store = cache.open(path)
+            if store is not None:
+                before = set(store.keys())
+                grown += store.refresh()
+                assert before <= set(store.keys())
+                for key in store.keys()[-20:]:
+                    tokens, *rest = store.numpy(key)
+                    assert b"".join(np.ascontiguousarray(a).tobytes() for a in (tokens, *rest)) == calm[key], key
+                looks += 1
+            if not alive:
+                break
+        assert [exit_code(pid) for pid in pids] == [0, 0]
+        assert store is not None
+        store.refresh()
+        assert sorted(store.keys()) == sorted(calm) and cache.verify_cache(path).ok
+        assert content(path) == calm
+        shutil.rmtree(path)
+    assert grown > 0 and looks > 3
 
 
 def add(w, lab, key, seed, n=20):

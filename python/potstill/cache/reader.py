@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from potstill import _rust
+from potstill._rust import TokenMismatch
 from potstill.cache.arrays import int32
 from potstill.cache.buffers import Buffers
 from potstill.cache.spec import Spec
@@ -28,21 +29,24 @@ Arrays = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32], NDArra
 @dataclass(frozen=True)
 class CachedSequence:
     """One sequence: tokens int32 [L] and topk with torch CPU tensors ids [L, K] int32, log_probs [L, K]
-    fp32 and log_rest [L] fp32. Row i is the teacher's distribution of the token after tokens[0..i]."""
+    fp32 and log_rest [L] fp32. Row i is the teacher's distribution of the token after tokens[0..i].
+    columns: the further columns of the spec by name, [L], [L, W] or, of the whole sequence, [W]."""
 
     key: str
     tokens: NDArray[np.int32]
     topk: TopK
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Cache:
     """A cache open for reading; made by `potstill.cache.open`. Safe to share with forked and spawned
-    workers and between threads. It sees the sequences that were committed when it was opened."""
+    workers and between threads. It sees the sequences that were committed when it was opened or refreshed."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._rust = _rust.Cache(self.path)
         self.spec = Spec.from_json(self._rust.spec)
+        self._by_hash: dict[int, list[str]] | None = None
 
     def __reduce__(self) -> tuple[type[Cache], tuple[str]]:
         return Cache, (os.path.abspath(self.path),)
@@ -76,13 +80,47 @@ class Cache:
         """Tokens of a sequence, from the index. Raises KeyError."""
         return self._rust.length(key)
 
-    def token_hash(self, key: str) -> int:
-        """128-bit xxh3 of the sequence's tokens as little-endian int32, from the index."""
-        return self._rust.token_hash(key)
+    def token_hash(self, key: str, length: int | None = None) -> int:
+        """`potstill.cache.token_hash` of the sequence's tokens: from the index, or of the first `length` of them."""
+        return self._rust.token_hash(key) if length is None else token_hash(self.tokens(key, length))
 
-    def tokens(self, key: str) -> NDArray[np.int32]:
-        """Tokens int32 [L] of a sequence, without decoding its rows."""
-        out = np.empty(self.length(key), np.int32)
+    def check_tokens(self, key: str, tokens: Any) -> None:
+        """Compares tokens (or a prefix of them) with the cached ones; rows are not decoded. Raises TokenMismatch with
+        the first differing position, as `batch` does."""
+        given = int32(tokens, f"tokens of {key!r}", 1)
+        if len(given) == self.length(key) and token_hash(given) == self.token_hash(key):
+            return
+        cached = self.tokens(key)
+        differs = np.flatnonzero(given[: len(cached)] != cached[: len(given)])
+        if not len(differs) and len(given) <= len(cached):
+            return
+        position = int(differs[0]) if len(differs) else len(cached)
+        there = str(cached[position]) if position < len(cached) else f"absent (it has {len(cached)} tokens)"
+        error = TokenMismatch(
+            f"sequence {key!r}: token {position} is {given[position]}, the cached one is {there}; the rows of this key "
+            "belong to other tokens (another text, tokenizer or template)"
+        )
+        error.key, error.position = key, position
+        raise error
+
+    def find(self, tokens: Any) -> list[str]:
+        """Keys of the sequences whose tokens are exactly these, by token hash; the first call indexes all hashes."""
+        if self._by_hash is None:
+            self._by_hash = {}
+            for key in self.keys():
+                self._by_hash.setdefault(self.token_hash(key), []).append(key)
+        return list(self._by_hash.get(token_hash(tokens), []))
+
+    def refresh(self) -> int:
+        """Takes in what was committed since the cache was opened; the number of new sequences. Damage raises CacheError
+        and leaves the view as it was."""
+        before, fresh = len(self), _rust.Cache(self.path)
+        self._rust, self._by_hash = fresh, None
+        return len(self) - before
+
+    def tokens(self, key: str, length: int | None = None) -> NDArray[np.int32]:
+        """Tokens int32 [L] of a sequence, or the first `length` of them, without decoding its rows."""
+        out = np.empty(self.length(key) if length is None else length, np.int32)
         self._rust.read_tokens(key, out)
         return out
 
@@ -96,6 +134,10 @@ class Cache:
         n, k = len(tokens), self.spec.k
         return tokens, buffers.ids.reshape(n, k), buffers.log_probs.reshape(n, k), buffers.log_rest
 
+    def read(self, key: str, tokens: NDArray[np.int32], out: Buffers) -> None:
+        """Decodes the first len(tokens) tokens and rows of a sequence into memory of the caller's; needs no torch."""
+        self._rust.read(key, tokens, **vars(out.checked(self.spec, len(tokens))))
+
     def _decode(self, key: str) -> tuple[NDArray[np.int32], Buffers]:
         n = self.length(key)
         tokens, buffers = np.empty(n, np.int32), Buffers.empty(self.spec, n)
@@ -104,13 +146,54 @@ class Cache:
 
     def __getitem__(self, key: str) -> CachedSequence:
         tokens, buffers = self._decode(key)
-        return CachedSequence(key, tokens, buffers.topk(self.spec, (len(tokens),)))
+        columns = {column.name: self.column(key, column.name) for column in self.spec.columns}
+        return CachedSequence(key, tokens, buffers.topk(self.spec, (len(tokens),)), columns)
+
+    def column(self, key: str, name: str) -> Tensor:
+        """A further column of one sequence: [L] or [L, W] for tokens, [W] for a whole sequence, in its own dtype.
+
+        Raises KeyError for an unknown key or column.
+        """
+        found = self.columns([key], name)
+        return found[0]
+
+    def numpy_columns(self, key: str) -> dict[str, NDArray[Any]]:
+        """All further columns of one sequence by name, as `Writer.add(columns=)` takes them; bf16 as its bits, uint16.
+        Needs no torch."""
+        found = {}
+        for number, column in enumerate(self.spec.columns):
+            rows = column.rows(self.length(key))
+            stored = np.empty(rows * column.stride, np.uint8)
+            self._rust.read_column(number, [key], [rows], None, stored)
+            found[column.name] = column.numpy(stored)
+        return found
+
+    def columns(
+        self, keys: Sequence[str], name: str, *, rows: Sequence[int] | None = None, packed: bool = False
+    ) -> Tensor:
+        """A further column of B sequences, padded with zeros to the longest: [B, L] or [B, L, W]; packed, one behind
+        the other, [N] or [N, W]; of whole sequences [B, W]. rows: the first so many of each, for prefixes of tokens."""
+        number = next((i for i, column in enumerate(self.spec.columns) if column.name == name), None)
+        if number is None:
+            have = [column.name for column in self.spec.columns]
+            raise KeyError(f"no column {name!r} in {self.path}, it has {have}")
+        keys, column = list(keys), self.spec.columns[number]
+        lengths = [self.length(key) for key in keys]
+        wanted = [column.rows(n) for n in (lengths if rows is None else rows)]
+        if len(wanted) != len(keys):
+            raise ValueError(f"{len(wanted)} numbers of rows are given for {len(keys)} keys")
+        longest = max(wanted, default=0)
+        ragged = packed and column.per == "token"
+        shape = (sum(wanted),) if ragged else (len(keys), longest) if column.per == "token" else (len(keys),)
+        stored = np.empty(int(np.prod(shape)) * column.stride, np.uint8)
+        self._rust.read_column(number, keys, wanted, None if ragged else longest, stored)
+        return column.tensor(stored, *shape)
 
     def batch(
         self,
         keys: Sequence[str],
         tokens: Sequence[Any] | None = None,
-        out: TopK | None = None,
+        out: TopK | Buffers | None = None,
         *,
         threads: int = 1,
     ) -> TopK:
@@ -121,7 +204,8 @@ class Cache:
             of them; the prefix's rows alone are then decoded. Any difference raises TokenMismatch, a
             ValueError that names sequence and first differing position (attributes key and position).
         out: a TopK of contiguous CPU tensors (ids int32, log_probs and log_rest fp32; pinned memory too)
-            of B sequences and at least L rows, which is filled and returned; other columns are not read then.
+            of B sequences and at least L rows, which is filled and returned; other columns are not read then. Or
+            Buffers of at least B * L rows: the TopK that is returned lies in them.
         threads: sequences are shared out among so many, made for this call.
 
         Padding rows have ids -1, log_probs -inf and log_rest 0. Raises KeyError for an unknown key and
@@ -130,6 +214,11 @@ class Cache:
         keys = list(keys)
         given, rows = self._rows(keys, tokens)
         b, k = len(keys), self.spec.k
+        if isinstance(out, Buffers):
+            n = max(rows, default=0)
+            buffers = out.checked(self.spec, b * n)
+            self._rust.read_many(keys, rows, n, tokens=given, threads=threads, **vars(buffers))
+            return buffers.topk(self.spec, (b, n))
         if out is not None:
             n = _check_out(out, b, max(rows, default=0), k)
             ids, log_probs = out.ids.view(-1).numpy(), out.log_probs.view(-1).numpy()
@@ -144,13 +233,18 @@ class Cache:
         return buffers.topk(self.spec, (b, n))
 
     def packed(
-        self, keys: Sequence[str], tokens: Sequence[Any] | None = None, *, threads: int = 1
+        self,
+        keys: Sequence[str],
+        tokens: Sequence[Any] | None = None,
+        out: Buffers | None = None,
+        *,
+        threads: int = 1,
     ) -> tuple[TopK, NDArray[np.int32]]:
         """Rows of sequences one behind the other, without padding: TopK with ids [N, K] and so on, and cu_seqlens
-        int32 [B + 1], the first row of each sequence and N. Arguments and errors as in `batch`."""
+        int32 [B + 1], the first row of each sequence and N. Arguments and errors as in `batch`; out: N rows or more."""
         keys = list(keys)
         given, rows = self._rows(keys, tokens)
-        buffers = Buffers.empty(self.spec, sum(rows))
+        buffers = Buffers.empty(self.spec, sum(rows)) if out is None else out.checked(self.spec, sum(rows))
         self._rust.read_many(keys, rows, None, tokens=given, threads=threads, **vars(buffers))
         return buffers.topk(self.spec, (sum(rows),)), np.cumsum([0, *rows], dtype=np.int32)
 
@@ -193,6 +287,11 @@ def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype, shape: tuple[in
     if tuple(buffer.shape) != shape or shape[1] < n:
         needed = [shape[0], f"at least {n}", *shape[2:]]
         raise ValueError(f"out.{name} has shape {list(buffer.shape)}, {needed} is needed")
+
+
+def token_hash(tokens: Any) -> int:
+    """128-bit xxh3 of tokens [L] as little-endian int32: what the index holds of every sequence."""
+    return _rust.token_hash(int32(tokens, "tokens", 1))
 
 
 def open(path: str | os.PathLike[str]) -> Cache:

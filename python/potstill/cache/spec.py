@@ -8,8 +8,11 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from potstill.cache.columns import Column, normalised
+
 VALUES = ("1/8", "1/16", "1/32", "1/64", "bf16_logits", "fp16", "fp32", "plain")
 PLAIN = {"values": "plain", "temperatures": (1.0,), "sampled": False, "token_log_probs": False}
+LATER = {"columns": (), "template": "", "dtype": ""}  # left out where they are empty, so that stored specs stay equal
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,11 @@ class Spec:
     temperatures: log_rest is kept at 1 and at each of these; rows then need topk.log_rest_at[T].
     sampled: rows are draws, with topk.counts.
     token_log_probs: rows carry topk.token_log_probs, the realised token's log-probability.
-    extra: any JSON object: template, dtype, data set, ...
+    columns: what sequences hold besides rows: `Column.hidden(width)`, `Column.scores("reward", ...)`,
+        `Column.classes(width)`, any other `Column`, or a name for one fp16 number a token.
+    template, dtype: hash or name of the chat template that the texts went through, and the dtype the teacher ran in;
+        empty when not known.
+    extra: any other JSON object: data set, length, ...
 
     Raises ValueError for numbers out of range and TypeError for values that JSON cannot hold.
     """
@@ -39,13 +46,16 @@ class Spec:
     temperatures: tuple[float, ...] = (1.0,)
     sampled: bool = False
     token_log_probs: bool = False
+    columns: tuple[Column, ...] = ()
+    template: str = ""
+    dtype: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "k"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, an int is accepted")
-        for name in ("teacher", "teacher_revision", "tokenizer", "values"):
+        for name in ("teacher", "teacher_revision", "tokenizer", "values", "template", "dtype"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, a str is accepted")
         if not 1 <= self.vocab_size < 2**31:
@@ -53,6 +63,7 @@ class Spec:
         if not 1 <= self.k <= min(65535, self.vocab_size):
             raise ValueError(f"Spec.k is {self.k}, 1 to {min(65535, self.vocab_size)} is accepted")
         self._check_layout()
+        object.__setattr__(self, "columns", normalised(self.columns))
         if not isinstance(self.extra, dict):
             raise TypeError(f"Spec.extra is a {type(self.extra).__name__}, a dict is accepted")
         # the stored form is compared on resume, so tuples and the like become what JSON makes of them
@@ -87,13 +98,16 @@ class Spec:
 
     def to_json(self) -> str:
         """The spec as JSON text. Fields that version 1.0 did not have are left out at their plain values."""
-        stored = {k: v for k, v in asdict(self).items() if PLAIN.get(k, ...) != v}
+        stored = {k: v for k, v in asdict(self).items() if {**PLAIN, **LATER}.get(k, ...) != v}
+        if self.columns:
+            stored["columns"] = [column.to_dict() for column in self.columns]
         return json.dumps(stored, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
         """The spec of a stored cache; names that this version does not know become part of extra."""
         stored = {"values": "plain", **json.loads(text)}
+        stored["columns"] = [Column.from_dict(column) for column in stored.get("columns", ())]
         known = {f.name for f in fields(cls)}
         unknown = {name: value for name, value in stored.items() if name not in known}
         given = {name: value for name, value in stored.items() if name in known}

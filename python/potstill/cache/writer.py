@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -42,7 +43,17 @@ class Writer:
         self.spec = spec
         self._rust = _rust.Writer(self.path, spec.to_json(), bool(resume), int(shard_bytes))
 
-    def add(self, key: str, tokens: Any, topk: Any) -> bool:
+    def add(
+        self,
+        key: str,
+        tokens: Any,
+        topk: Any,
+        *,
+        hidden: Any = None,
+        scores: Any = None,
+        classes: Any = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Adds a sequence: row i is the teacher's distribution of the token after tokens[0..i].
 
         key: 1 to 512 bytes of UTF-8. tokens: [L] integers (tensor, array or list), L >= 1.
@@ -50,11 +61,13 @@ class Writer:
             in descending log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf. What the
             spec asks for besides: log_rest_at[T] [L] of each temperature, counts [L, K] (rows in any order), lse [L],
             token_log_probs [L].
+        hidden [L, D], scores (a mapping of labels, or [S]), classes [C], columns (name -> [L], [L, W] or [W]): values
+            of the spec's columns, every one of them and no other; rounded to the column's dtype.
 
         Returns False, and writes nothing, when the key is there already with equal content.
         Raises ValueError naming key, row and value: other content under a known key, wrong shapes, ids
         outside the vocabulary or twice in a row, NaN, a log-probability above 1e-3, a row whose mass is
-        above 1 + 1e-3.
+        above 1 + 1e-3, a column's value that is not finite.
         """
         if not isinstance(key, str):
             raise TypeError(f"key is a {type(key).__name__}, a str is accepted")
@@ -78,16 +91,26 @@ class Writer:
             log_probs = np.take_along_axis(log_probs, order, -1)
         if self.spec.values == "bf16_logits":
             lse = float32(self._wanted(topk, key, "lse"), f"{name}.lse", 1)
+        given = int32(tokens, f"sequence {key!r}: tokens", 1)
+        named = {"hidden": hidden, "scores": scores, "classes": classes}
+        further = {**(columns or {}), **{column: value for column, value in named.items() if value is not None}}
         return self._rust.add(
             key,
-            int32(tokens, f"sequence {key!r}: tokens", 1),
+            given,
             ids,
             log_probs,
             float32(rest, f"{name}.log_rest", 1),
             self._extra(topk, key, name),
             lse,
             counts,
+            self._columns(further, key, len(given)),
         )
+
+    def _columns(self, given: dict[str, Any], key: str, tokens: int) -> list[NDArray[np.uint8]] | None:
+        names = [column.name for column in self.spec.columns]
+        if sorted(given) != sorted(names):
+            raise ValueError(f"sequence {key!r} has the further columns {sorted(given)}, the spec has {sorted(names)}")
+        return [column.encode(given[column.name], key, tokens) for column in self.spec.columns] or None
 
     def _wanted(self, topk: Any, key: str, name: str) -> Any:
         value = getattr(topk, name, None)

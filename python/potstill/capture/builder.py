@@ -63,7 +63,7 @@ def cache_spec(
     token_log_probs: bool = False,
 ) -> ps_cache.Spec:
     """The `Spec` a build writes: vocabulary, k, teacher, the tokenizer's content hash and how values are stored;
-    length, packing and dtype in `extra`.
+    length and packing in `extra`.
     """
     return ps_cache.Spec(
         vocab_size=_vocab_size(_head_of(model) if head is None else head),
@@ -74,11 +74,8 @@ def cache_spec(
         values=values,
         temperatures=tuple(temperatures),
         token_log_probs=token_log_probs,
-        extra={
-            "length": length,
-            "pack": pack,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        },
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        extra={"length": length, "pack": pack},
     )
 
 

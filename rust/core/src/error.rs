@@ -35,8 +35,8 @@ impl fmt::Display for Part {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused an operation.
-    #[error("cannot {action} {}: {source}", path.display())]
-    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("cannot {action} {}: {source}{advice}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error, advice: &'static str },
     /// Bytes on disk are not what was written.
     #[error("{file}, {part}: {what}; `potstill verify` lists all damage, `potstill recover` salvages what is whole")]
     Damaged { file: String, part: Part, what: String },
@@ -75,7 +75,15 @@ pub enum Error {
 impl Error {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
         let path = path.to_path_buf();
-        move |source| Error::Io { action, path, source }
+        move |source| Error::Io { action, path, source, advice: "" }
+    }
+
+    /// Adds what to do, unless that was said already.
+    pub(crate) fn advise(self, what: &'static str) -> Error {
+        match self {
+            Error::Io { action, path, source, advice: "" } => Error::Io { action, path, source, advice: what },
+            other => other,
+        }
     }
 
     pub(crate) fn damaged(file: &str, part: Part, what: impl Into<String>) -> Error {

@@ -163,9 +163,9 @@ pub fn create_exclusive(temporary_dir: &Path, dir: &Path, file: &str, bytes: &[u
 fn create_new(path: &Path, bytes: &[u8]) -> io::Result<bool> {
     match OpenOptions::new().write(true).create_new(true).open(path) {
         Ok(mut file) => {
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            Ok(true)
+            let written = file.write_all(bytes).and_then(|()| file.sync_all());
+            // half a record would be damage to every reader
+            written.map(|()| true).inspect_err(|_| drop(fs::remove_file(path)))
         }
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(e) => Err(e),

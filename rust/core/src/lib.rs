@@ -7,6 +7,7 @@
 
 pub mod bytes;
 pub mod codec;
+pub mod columns;
 pub mod error;
 pub mod files;
 pub mod format;

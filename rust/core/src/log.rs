@@ -82,9 +82,13 @@ pub fn shards_dir(root: &Path) -> PathBuf {
     root.join("shards")
 }
 
-fn seal(kind: &str, body: &impl Serialize) -> Result<Vec<u8>> {
+/// A name in `required` where the spec has further columns: an older version would leave them out.
+const COLUMNS: &str = "columns";
+
+fn seal(kind: &str, columns: bool, body: &impl Serialize) -> Result<Vec<u8>> {
     let body = serde_json::to_string(body).map_err(|e| Error::Refused(format!("cannot write JSON: {e}")))?;
-    let mut text = format!(r#"{{"potstill":"{kind}","version":[{MAJOR},0],"required":[],"body":{body}"#);
+    let required = if columns { format!("{COLUMNS:?}") } else { String::new() };
+    let mut text = format!(r#"{{"potstill":"{kind}","version":[{MAJOR},0],"required":[{required}],"body":{body}"#);
     let sum = checksum(text.as_bytes());
     text.push_str(&format!(",\"xxh3\":\"{sum:016x}\"}}\n"));
     Ok(text.into_bytes())
@@ -110,7 +114,7 @@ fn unseal<'a>(kind: &str, bytes: &'a [u8], file: &str) -> Result<&'a RawValue> {
     if envelope.potstill != kind {
         return Err(damaged(format!("a {:?} file where a {kind:?} belongs", envelope.potstill)));
     }
-    match envelope.required.first() {
+    match envelope.required.iter().find(|name| *name != COLUMNS) {
         Some(name) => Err(Error::Unsupported { file: file.to_string(), what: format!("required feature {name:?}") }),
         None => Ok(envelope.body),
     }
@@ -249,7 +253,7 @@ impl State {
         let mut dropped: Vec<String> = self.dropped.iter().cloned().collect();
         dropped.sort();
         let body = Manifest { log: self.next, spec: self.spec.text.clone(), shards: self.shards.clone(), dropped };
-        files::replace(&open_dir(root), root, MANIFEST, &seal("manifest", &body)?)?;
+        files::replace(&open_dir(root), root, MANIFEST, &seal("manifest", !self.spec.columns.is_empty(), &body)?)?;
         self.compacted = self.next;
         Ok(())
     }
@@ -257,7 +261,11 @@ impl State {
 
 /// Creates record `number`; false when it exists.
 pub fn create_record(root: &Path, number: u64, record: &Record) -> Result<bool> {
-    files::create_exclusive(&open_dir(root), &log_dir(root), &record_file(number), &seal("log", record)?)
+    let columns = match record {
+        Record::Spec { spec } => Spec::from_stored(spec).is_ok_and(|s| !s.columns.is_empty()),
+        _ => false,
+    };
+    files::create_exclusive(&open_dir(root), &log_dir(root), &record_file(number), &seal("log", columns, record)?)
 }
 
 /// Record `number`; None where there is none.

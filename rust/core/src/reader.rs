@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::codec::{Codec, Declared};
+use crate::columns;
 use crate::error::{Error, Part, Result};
 use crate::files::{self, FileSource, Source};
-use crate::format::block::KIND_ROWS;
+use crate::format::block::{Block, KIND_ROWS};
 use crate::format::name::shard_file;
 use crate::handles::{with_scratch, Handles};
 use crate::log::{shards_dir, State};
@@ -177,7 +178,7 @@ impl Reader {
     // visits the row blocks that hold the first `rows` rows: f(block, first row, rows wanted of it)
     fn visit<F>(&self, sequence: usize, rows: usize, scratch: &mut Vec<u8>, mut f: F) -> Result<()>
     where
-        F: FnMut(&Codec, &crate::format::block::Block<'_>, usize, usize) -> std::result::Result<(), String>,
+        F: FnMut(&Codec, &Block<'_>, usize, usize) -> std::result::Result<(), String>,
     {
         let place = self.places[sequence];
         let shard = &self.shards[place.shard];
@@ -188,15 +189,33 @@ impl Reader {
         }
         let source = self.source(place.shard)?;
         let codec = self.codec(shard, source.as_ref())?;
+        self.blocks(KIND_ROWS, place, source.as_ref(), rows, scratch, |block, first, n| f(&codec, block, first, n))
+    }
+
+    // visits the blocks of one kind that hold its first `rows` rows
+    fn blocks<F>(
+        &self,
+        kind: u16,
+        place: Place,
+        source: &dyn Source,
+        rows: usize,
+        scratch: &mut Vec<u8>,
+        mut f: F,
+    ) -> Result<()>
+    where
+        F: FnMut(&Block<'_>, usize, usize) -> std::result::Result<(), String>,
+    {
+        let shard = &self.shards[place.shard];
+        let entry = &shard.footer.sequences[place.sequence];
         let mut first = 0;
         for n in place.first_block..place.first_block + entry.blocks as usize {
             if first >= rows {
                 break;
             }
-            if shard.footer.blocks[n].kind != KIND_ROWS {
+            if shard.footer.blocks[n].kind != kind {
                 continue;
             }
-            let block = shard.block(source.as_ref() as &dyn Source, n, scratch)?;
+            let block = shard.block(source, n, scratch)?;
             let damaged = |what: String| Error::damaged(&shard_file(&shard.name), Part::Block(n as u32), what);
             if block.head.key != entry.key || block.head.first_row as usize != first {
                 let (key, row) = (block.head.key, block.head.first_row);
@@ -206,7 +225,7 @@ impl Reader {
                 )));
             }
             let wanted = (block.head.rows as usize).min(rows - first);
-            f(&codec, &block, first, wanted).map_err(damaged)?;
+            f(&block, first, wanted).map_err(damaged)?;
             first += block.head.rows as usize;
         }
         Ok(())
@@ -232,6 +251,47 @@ impl Reader {
                 let tokens = &mut tokens[first..first + n];
                 codec.decode(block.payload, block.head.shape(), out.part(k, first, first + n), Some(tokens))
             })
+        })
+    }
+
+    /// Values of further column `number`: the first rows of each (sequence, rows) into `out`, row after row. With a length
+    /// each takes the memory of so many rows, of which the rest is zero. A column of whole sequences has one row.
+    pub fn read_column(
+        &self,
+        number: usize,
+        wanted: &[(usize, usize)],
+        length: Option<usize>,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let column = self.spec.columns.get(number);
+        let column = column.ok_or_else(|| Error::Refused(format!("the spec has no column {number}")))?;
+        let room = |rows: usize| length.map_or(rows, |n| column.rows(n));
+        let (stride, total) = (column.stride(), wanted.iter().map(|w| room(w.1)).sum::<usize>());
+        if out.len() != total * stride {
+            let what = format!("{} bytes for {total} rows of {stride} bytes of column {:?}", out.len(), column.name);
+            return Err(Error::Refused(what));
+        }
+        with_scratch(|scratch| {
+            let mut rest = out;
+            for (sequence, rows) in wanted {
+                let (here, behind) = rest.split_at_mut(room(*rows) * stride);
+                rest = behind;
+                let most = column.rows(self.tokens_of(*sequence));
+                if *rows > most || rows * stride > here.len() {
+                    let key = self.key(*sequence);
+                    let what = format!("{rows} rows of column {:?} of {key:?} are wanted, it has {most}", column.name);
+                    return Err(Error::Refused(what));
+                }
+                let place = self.places[*sequence];
+                let source = self.source(place.shard)?;
+                here[rows * stride..].fill(0);
+                self.blocks(columns::kind(number), place, source.as_ref(), *rows, scratch, |block, first, n| {
+                    column.check(block.payload, block.head.rows as usize)?;
+                    here[first * stride..(first + n) * stride].copy_from_slice(&block.payload[..n * stride]);
+                    Ok(())
+                })?;
+            }
+            Ok(())
         })
     }
 

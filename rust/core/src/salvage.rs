@@ -10,9 +10,10 @@ use serde::Serialize;
 
 use crate::codec::dense::{Dense, Tables, MAX_TABLES, TABLES_MAGIC};
 use crate::codec::{Codec, Declared};
+use crate::columns::Collected;
 use crate::error::{Error, Result};
 use crate::files::{self, FileSource, Source, OPEN, SMALL};
-use crate::format::block::{self, Block, KIND_ROWS};
+use crate::format::block::{self, Block, KIND_OPTIONAL, KIND_ROWS};
 use crate::format::header::Header;
 use crate::log::open_dir;
 use crate::owned::OwnedRows;
@@ -80,23 +81,28 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
         salvage.lost.push(format!("{name}: neither copy of its tables is whole"));
         return Ok(true);
     };
-    let k = writer.spec().k as usize;
-    let mut open: HashMap<String, OwnedRows> = HashMap::new();
+    let (k, columns) = (writer.spec().k as usize, writer.spec().columns.clone());
+    let mut open: HashMap<String, (OwnedRows, Collected)> = HashMap::new();
     let mut lost = Vec::new();
     let mut failed = None;
     let torn = scan(&source, |block| {
-        if block.head.kind != KIND_ROWS || failed.is_some() {
+        if block.head.kind >= KIND_OPTIONAL || failed.is_some() {
             return;
         }
-        let key = block.head.key;
-        if block.head.first_row == 0 {
-            open.insert(key.to_string(), OwnedRows::new(&codec, k));
+        let (key, rows) = (block.head.key, block.head.kind == KIND_ROWS);
+        if rows && block.head.first_row == 0 {
+            open.insert(key.to_string(), (OwnedRows::new(&codec, k), Collected::default()));
         }
-        let Some(partial) = open.get_mut(key).filter(|p| p.tokens.len() == block.head.first_row as usize) else {
+        let first = block.head.first_row as usize;
+        let Some((partial, further)) = open.get_mut(key).filter(|p| !rows || p.0.tokens.len() == first) else {
             lost.push(format!("{name}, block {}: the rows of {key:?} before it are lost", block.head.number));
             return;
         };
-        if let Err(what) = partial.push(block, &codec).map(|_| ()) {
+        let taken = match rows {
+            true => partial.push(block, &codec).map(|_| ()),
+            false => further.push(&columns, block),
+        };
+        if let Err(what) = taken {
             lost.push(format!("{name}, block {}: {what}", block.head.number));
             open.remove(key);
             return;
@@ -104,8 +110,8 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
         if !block.head.last {
             return;
         }
-        let Some(whole) = open.remove(key) else { return };
-        match writer.add_stored(key, &whole.rows()) {
+        let Some((whole, further)) = open.remove(key) else { return };
+        match writer.add_stored(key, &whole.rows(), &further) {
             Ok(true) => {
                 salvage.sequences += 1;
                 salvage.tokens += whole.tokens.len() as u64;

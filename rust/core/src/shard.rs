@@ -79,6 +79,10 @@ impl Shard {
         if !header.codec.fits(spec) {
             return Err(Error::damaged(&file, Part::Header, "the codec is not the one that the spec names"));
         }
+        if header.columns == spec.columns.is_empty() {
+            let what = "the shard's further columns are not those that the spec names";
+            return Err(Error::damaged(&file, Part::Header, what));
+        }
         let tables = header.codec.tables_len();
         let start = header.len + tables;
         let len = source.len();
@@ -98,6 +102,7 @@ impl Shard {
             let what = format!("the content names this shard {named}, the file is called {name}");
             return Err(Error::damaged(&file, Part::Footer, what));
         }
+        footer.check_columns(&spec.columns).map_err(|(n, what)| Error::damaged(&file, Part::Block(n as u32), what))?;
         let mut offsets = vec![start as u64];
         let mut at = start as u64;
         for (n, b) in footer.blocks.iter().enumerate() {

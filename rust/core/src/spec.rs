@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::codec::dense::{Layout, Values, MAX_EXTRA, MAX_VOCAB as MAX_DENSE_VOCAB};
+use crate::columns::{self, Column};
 
 /// A row holds at most this many entries (its count is a u16).
 pub const MAX_K: u64 = 65_535;
@@ -20,6 +21,8 @@ pub struct Spec {
     pub hash: [u8; 32],
     /// How the dense codec stores rows; None for the plain one.
     pub layout: Option<Layout>,
+    /// What sequences have besides rows.
+    pub columns: Vec<Column>,
     fields: Map<String, Value>,
 }
 
@@ -104,7 +107,8 @@ impl Spec {
             return Err(format!("the spec's k = {k} is above its vocab_size = {vocab_size}"));
         }
         let layout = layout(&fields, vocab_size, k)?;
-        Ok(Spec { vocab_size, k, text: text.to_string(), hash: sha256(&[text.as_bytes()]), layout, fields })
+        let columns = columns::from_spec(fields.get("columns"))?;
+        Ok(Spec { vocab_size, k, text: text.to_string(), hash: sha256(&[text.as_bytes()]), layout, columns, fields })
     }
 
     /// A spec given by a caller: stored with sorted names and no spaces.

@@ -10,9 +10,10 @@ use xxhash_rust::xxh3::Xxh3Default;
 use crate::bytes::token_hash;
 use crate::codec::dense::Coded;
 use crate::codec::Codec;
+use crate::columns::{self, Column};
 use crate::error::{Error, Part, Result};
 use crate::files::{self, Source, OPEN};
-use crate::format::block::{Block, KIND_ROWS};
+use crate::format::block::{Block, KIND_OPTIONAL, KIND_ROWS};
 use crate::format::name::shard_file;
 use crate::log::{self, open_dir, shards_dir, State};
 use crate::owned::OwnedRows;
@@ -151,7 +152,7 @@ fn verify_shard(root: &Path, shard: &Shard, spec: &Spec, deep: bool, report: &mu
     for sequence in 0..shard.footer.sequences.len() {
         let blocks = next..next + shard.footer.sequences[sequence].blocks as usize;
         next = blocks.end;
-        let found = verify_sequence(&source, shard, &codec, sequence, blocks, &mut checker);
+        let found = verify_sequence(&source, shard, &codec, sequence, blocks, &mut checker, &spec.columns);
         report.problems.extend(found.iter().map(|e| problem(e, &shard_file(&shard.name))));
     }
 }
@@ -164,13 +165,14 @@ fn verify_sequence(
     sequence: usize,
     blocks: std::ops::Range<usize>,
     checker: &mut Checker,
+    columns: &[Column],
 ) -> Vec<Error> {
     let entry = &shard.footer.sequences[sequence];
     let file = shard_file(&shard.name);
     let (mut problems, mut scratch, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
     let (mut content, mut whole) = (Xxh3Default::new(), Coded::default());
     let mut rows = OwnedRows::new(codec, shard.header.k as usize);
-    let mut first_row = 0;
+    let (mut first_row, mut kind, mut further) = (0, KIND_ROWS, Xxh3Default::new());
     let end = blocks.end;
     for n in blocks {
         let block = match shard.block(source, n, &mut scratch) {
@@ -180,13 +182,18 @@ fn verify_sequence(
                 continue;
             }
         };
-        if block.head.kind != KIND_ROWS {
+        let head = block.head;
+        if head.kind >= KIND_OPTIONAL {
             continue;
         }
-        let head = block.head;
+        if head.kind != kind {
+            (kind, first_row) = (head.kind, 0);
+        }
         let placed = head.key == entry.key && head.last == (n + 1 == end);
         let in_order = !problems.is_empty() || head.first_row as usize == first_row;
-        let checked = if placed && in_order {
+        let checked = if placed && in_order && kind != KIND_ROWS {
+            columns[usize::from(kind) - 1].check(block.payload, head.rows as usize)
+        } else if placed && in_order {
             check_rows(&block, codec, &mut rows, checker, &mut whole)
         } else {
             Err(format!("{head:?} is not the block of sequence {:?} that belongs here", entry.key))
@@ -194,8 +201,12 @@ fn verify_sequence(
         if let Err(what) = checked {
             problems.push(Error::damaged(&file, Part::Block(n as u32), what));
         }
-        tokens.extend_from_slice(&rows.tokens);
-        content.update(block.payload);
+        if kind == KIND_ROWS {
+            tokens.extend_from_slice(&rows.tokens);
+            content.update(block.payload);
+        } else {
+            further.update(block.payload);
+        }
         first_row += head.rows as usize;
     }
     if !problems.is_empty() {
@@ -205,6 +216,7 @@ fn verify_sequence(
         Codec::Plain(_) => content.digest128(),
         Codec::Dense(_) => whole.hash(),
     };
+    let content = if columns.is_empty() { content } else { columns::join(content, further.digest128()) };
     if token_hash(&tokens) != entry.token_hash || content != entry.content_hash {
         let what = format!("the hashes of sequence {:?} differ from its blocks", entry.key);
         problems.push(Error::damaged(&file, Part::Index, what));

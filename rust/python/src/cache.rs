@@ -97,6 +97,24 @@ impl Cache {
         py.detach(|| self.inner.read_sequence(self.inner.require(key)?, tokens, out)).map_err(|e| to_python(py, e))
     }
 
+    /// Bytes of further column `column`: the first rows[b] rows of each sequence; with a length each takes the memory of so
+    /// many rows, the rest zero.
+    fn read_column(
+        &self,
+        py: Python<'_>,
+        column: usize,
+        keys: Vec<String>,
+        rows: Vec<usize>,
+        length: Option<usize>,
+        mut out: PyReadwriteArray1<'_, u8>,
+    ) -> PyResult<()> {
+        let sequences = keys.iter().map(|key| self.inner.require(key)).collect::<Result<Vec<_>, _>>();
+        let sequences = sequences.map_err(|e| to_python(py, e))?;
+        let wanted: Vec<(usize, usize)> = sequences.into_iter().zip(rows).collect();
+        let out = out.as_slice_mut()?;
+        py.detach(|| self.inner.read_column(column, &wanted, length, out)).map_err(|e| to_python(py, e))
+    }
+
     /// Decodes sequences, rows[b] of sequence b, into flat memory: ids and log_probs [N * k], log_rest [N], extra [N * E],
     /// lse [N], counts [N * k]. With a length N is B * length and the rest of each sequence is filled with missing rows;
     /// without one N is sum(rows). tokens, when given, holds an int32 array for each sequence.
@@ -151,6 +169,12 @@ fn optional<'a, T: Element>(array: &'a mut Option<PyReadwriteArray1<'_, T>>) -> 
 
 fn as_json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_else(|e| format!("{{\"error\": \"{e}\"}}"))
+}
+
+/// xxh3-128 of tokens as little-endian int32, as in the index.
+#[pyfunction]
+pub fn token_hash(tokens: PyReadonlyArray1<'_, i32>) -> PyResult<u128> {
+    Ok(potstill_core::bytes::token_hash(tokens.as_slice()?))
 }
 
 /// A report on the whole cache, as JSON; raises nothing for damage.

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _rust {
     #[pymodule_export]
-    use super::cache::{inspect, merge, recover, verify, Cache};
+    use super::cache::{inspect, merge, recover, token_hash, verify, Cache};
     #[pymodule_export]
     use super::errors::{CacheError, TokenMismatch};
     #[pymodule_export]

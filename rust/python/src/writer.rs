@@ -26,9 +26,9 @@ impl Writer {
         self.inner.contains(key)
     }
 
-    /// Adds a sequence of contiguous arrays; False when it is there already with equal content.
+    /// Adds a sequence of contiguous arrays, and the bytes of each of the spec's further columns; False when it is there already with equal content.
     #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (key, tokens, ids, log_probs, log_rest, extra=None, lse=None, counts=None))]
+    #[pyo3(signature = (key, tokens, ids, log_probs, log_rest, extra=None, lse=None, counts=None, columns=None))]
     fn add(
         &mut self,
         py: Python<'_>,
@@ -40,6 +40,7 @@ impl Writer {
         extra: Option<PyReadonlyArray2<'_, f32>>,
         lse: Option<PyReadonlyArray1<'_, f32>>,
         counts: Option<PyReadonlyArray2<'_, i32>>,
+        columns: Option<Vec<PyReadonlyArray1<'_, u8>>>,
     ) -> PyResult<bool> {
         if ids.shape() != log_probs.shape() {
             let what = format!("sequence {key:?}: ids has shape {:?}, log_probs {:?}", ids.shape(), log_probs.shape());
@@ -55,8 +56,10 @@ impl Writer {
             lse: lse.as_ref().map_or(Ok(&[] as &[f32]), |a| a.as_slice())?,
             draws: counts.as_ref().map_or(Ok(&[] as &[i32]), |a| a.as_slice())?,
         };
+        let columns = columns.as_deref().unwrap_or_default();
+        let columns = columns.iter().map(|c| c.as_slice()).collect::<Result<Vec<&[u8]>, _>>()?;
         let inner = &mut self.inner;
-        py.detach(|| inner.add(key, &rows)).map_err(|e| to_python(py, e))
+        py.detach(|| inner.add_with(key, &rows, &columns)).map_err(|e| to_python(py, e))
     }
 
     /// From here on the mass of a row may be above 1 by what a cache's rounding adds.

@@ -128,6 +128,10 @@ def chain(first: Sequence, others: Iterator[Sequence]) -> Iterator[Sequence]:
 
 def export(source: Path, target: Path, name: str, layout: str) -> dict[str, int]:
     cache = caches.open(source)
+    if further := [column.name for column in cache.spec.columns]:
+        raise ValueError(
+            f"{source} has the further columns {further}, which {name} files cannot hold; merge and split do"
+        )
     keys = cache.keys()
     module, _, write, _ = FORMATS[name]
     writer = getattr(importlib.import_module(f"potstill.cache.exchange.{module}"), write)

@@ -78,7 +78,7 @@ def split(
             with Writer(path, cache.spec, resume=False, shard_bytes=shard_bytes) as writer:
                 writer._rust.accept_rounded()
                 for s in of_cache(cache, part):
-                    writer.add(s.key, s.tokens, s)
+                    writer.add(s.key, s.tokens, s, columns=cache.numpy_columns(s.key))
                     tokens += len(s.tokens)
             done.append({"path": str(target), "sequences": len(part), "tokens": tokens})
     return done

@@ -9,7 +9,7 @@ use crate::codec::Shape;
 
 pub const MAGIC: [u8; 4] = *b"PSBK";
 pub const FIXED: usize = 32;
-/// Rows of a sequence in the shard's codec. Other kinds are later columns; from OPTIONAL on they may be skipped.
+/// Rows of a sequence in the shard's codec. Kinds from 1 are the spec's columns; from OPTIONAL on they may be skipped.
 pub const KIND_ROWS: u16 = 0;
 pub const KIND_OPTIONAL: u16 = 0x8000;
 const FLAG_LAST: u16 = 1;
@@ -106,7 +106,7 @@ pub fn decode(bytes: &[u8]) -> Result<Block<'_>, String> {
     if flags & !FLAG_LAST != 0 {
         return Err(format!("unknown block flags {flags:#x}"));
     }
-    if kind == KIND_ROWS && (rows == 0 || rows > MAX_BLOCK_ROWS) {
+    if kind < KIND_OPTIONAL && (rows == 0 || rows > MAX_BLOCK_ROWS) {
         return Err(format!("{rows} rows, 1 to {MAX_BLOCK_ROWS} are accepted"));
     }
     Ok(Block { head: Head { kind, last: flags & FLAG_LAST != 0, number, rows, first_row, entries, key }, payload, sum })

@@ -8,9 +8,10 @@
 //!
 //! Offsets are not stored: blocks and sequences tile the file in order, so nothing can overlap.
 
-use super::block::{KIND_OPTIONAL, KIND_ROWS};
+use super::block::{FIXED as BLOCK_FIXED, KIND_OPTIONAL, KIND_ROWS};
 use super::{check_key, MAX_BLOCK, MAX_BLOCK_ROWS, MAX_FOOTER};
-use crate::bytes::{checksum, pad, Cursor};
+use crate::bytes::{checksum, pad, padded, Cursor};
+use crate::columns::{Column, MAX_COLUMNS};
 
 pub const MAGIC: [u8; 8] = *b"PSINDEX\n";
 pub const END_MAGIC: [u8; 8] = *b"\x89PSE\r\n\x1a\n";
@@ -152,6 +153,49 @@ impl Footer {
             Some(_) => Err("blocks that belong to no sequence".to_string()),
         }
     }
+
+    /// Every sequence has its row blocks and then those of each column in turn, whole and of the right length. Gives the
+    /// number of the block that does not fit.
+    pub fn check_columns(&self, columns: &[Column]) -> Result<(), (usize, String)> {
+        let mut n = 0;
+        for s in &self.sequences {
+            let needed = |stage: usize| match stage {
+                0 => u64::from(s.tokens),
+                c => columns[c - 1].rows(s.tokens as usize) as u64,
+            };
+            let (mut stage, mut rows) = (0, 0);
+            for (i, block) in self.blocks.iter().enumerate().skip(n).take(s.blocks as usize) {
+                let kind = usize::from(block.kind);
+                if block.kind >= KIND_OPTIONAL {
+                    continue;
+                }
+                if kind != stage {
+                    if kind > columns.len() || kind != stage + 1 || rows != needed(stage) {
+                        return Err((
+                            i,
+                            format!("a block of kind {kind} after {rows} rows of kind {stage} in {:?}", s.key),
+                        ));
+                    }
+                    (stage, rows) = (kind, 0);
+                }
+                rows += u64::from(block.rows);
+                if kind > 0 {
+                    let payload = block.rows as usize * columns[kind - 1].stride();
+                    let len = BLOCK_FIXED + padded(s.key.len()) + padded(payload) + 8;
+                    if len != block.len as usize || block.entries != 0 {
+                        let what =
+                            format!("{} bytes for {} rows of column {kind}, {len} are needed", block.len, block.rows);
+                        return Err((i, what));
+                    }
+                }
+            }
+            n += s.blocks as usize;
+            if stage != columns.len() || rows != needed(stage) {
+                return Err((n.saturating_sub(1), format!("{rows} rows of column {stage} of {:?} end it", s.key)));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn decode_block(cursor: &mut Cursor<'_>) -> Result<BlockEntry, String> {
@@ -161,10 +205,10 @@ fn decode_block(cursor: &mut Cursor<'_>) -> Result<BlockEntry, String> {
     if len as usize > MAX_BLOCK || len < 40 || !len.is_multiple_of(8) {
         return Err(format!("a block of {len} bytes"));
     }
-    if kind != KIND_ROWS && kind < KIND_OPTIONAL {
+    if usize::from(kind) > MAX_COLUMNS && kind < KIND_OPTIONAL {
         return Err(format!("a block of unknown kind {kind}"));
     }
-    if kind == KIND_ROWS && (rows == 0 || rows > MAX_BLOCK_ROWS || rows > len) {
+    if kind < KIND_OPTIONAL && (rows == 0 || rows > MAX_BLOCK_ROWS || rows > len) {
         return Err(format!("{rows} rows in a block of {len} bytes"));
     }
     Ok(BlockEntry { sum, len, rows, entries, kind })

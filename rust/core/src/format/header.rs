@@ -3,7 +3,7 @@
 //! magic 8 | major u16 | minor u16 | header_len u32 | required u64 | optional u64 | codec u16 | params_len u16
 //! | vocab_size u32 | k u32 | zero u32 | spec hash 32 | params, zero-padded to 8 | xxh3-64 of all before
 
-use super::{MAJOR, MAX_HEADER, MINOR};
+use super::{MAJOR, MAX_HEADER};
 use crate::bytes::{checksum, pad, padded, Cursor};
 use crate::codec::{Codec, Declared};
 use crate::spec::Spec;
@@ -14,14 +14,18 @@ pub const MAGIC: [u8; 8] = *b"\x89PSC\r\n\x1a\n";
 pub const FIXED: usize = 80;
 /// The shard holds tables before its first block and behind its last.
 const TABLES: u64 = 1;
+/// Sequences have the further columns of the spec.
+const COLUMNS: u64 = 2;
 /// Required flags that this version knows.
-const KNOWN_REQUIRED: u64 = TABLES;
+const KNOWN_REQUIRED: u64 = TABLES | COLUMNS;
 
 #[derive(Debug, Clone)]
 pub struct Header {
     pub len: usize,
     pub minor: u16,
     pub optional: u64,
+    /// Sequences have the further columns of the spec.
+    pub columns: bool,
     pub codec: Declared,
     pub vocab_size: u32,
     pub k: u32,
@@ -46,11 +50,13 @@ pub fn encode(spec: &Spec, codec: &Codec) -> Vec<u8> {
     let mut out = Vec::with_capacity(len);
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&MAJOR.to_le_bytes());
-    let tables = !codec.tables().is_empty();
-    // what version 1.0 can read is written as version 1.0
-    out.extend_from_slice(&(if tables { MINOR } else { 0 }).to_le_bytes());
+    let (tables, columns) = (!codec.tables().is_empty(), !spec.columns.is_empty());
+    // what an older version can read is written as that version
+    let minor: u16 = if columns { 2 } else { u16::from(tables) };
+    out.extend_from_slice(&minor.to_le_bytes());
     out.extend_from_slice(&(len as u32).to_le_bytes());
-    out.extend_from_slice(&(if tables { TABLES } else { 0 }).to_le_bytes());
+    let required = if tables { TABLES } else { 0 } | if columns { COLUMNS } else { 0 };
+    out.extend_from_slice(&required.to_le_bytes());
     out.extend_from_slice(&[0; 8]); // optional flags
     out.extend_from_slice(&codec.number().to_le_bytes());
     out.extend_from_slice(&(params.len() as u16).to_le_bytes());
@@ -111,5 +117,6 @@ pub fn decode(bytes: &[u8]) -> Result<Header, Refusal> {
     if (codec.tables_len() > 0) != (required & TABLES != 0) {
         return Err(Refusal::Damaged(format!("codec {number} with required flags {required:#x}")));
     }
-    Ok(Header { len: bytes.len(), minor, optional, codec, vocab_size, k, spec_hash })
+    let columns = required & COLUMNS != 0;
+    Ok(Header { len: bytes.len(), minor, optional, columns, codec, vocab_size, k, spec_hash })
 }

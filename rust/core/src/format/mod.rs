@@ -17,7 +17,7 @@ pub const MAX_BLOCK_DECODED: u64 = 1 << 24;
 
 /// Format version: a newer major is refused, a newer minor is read.
 pub const MAJOR: u16 = 1;
-pub const MINOR: u16 = 1;
+pub const MINOR: u16 = 2;
 
 /// A key is 1 to 512 bytes of UTF-8.
 pub fn check_key(bytes: &[u8]) -> Result<&str, String> {

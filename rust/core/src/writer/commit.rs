@@ -3,7 +3,7 @@
 use std::fs;
 
 use super::open_shard::OpenShard;
-use super::{Known, Writer};
+use super::{Known, Writer, AGAIN, REOPEN};
 use crate::codec::Declared;
 use crate::error::{Error, Result};
 use crate::files;
@@ -61,15 +61,15 @@ impl Writer {
             Ok(sealed) => sealed,
             Err(e) => {
                 self.open = Some(open); // whole sequences are still there: a later commit may succeed
-                return Err(e);
+                return Err(e.advise(AGAIN));
             }
         };
         let done = open.sync().and_then(|()| self.publish(&open, &name, bytes));
         match done {
             Ok(published) => Ok(published.then_some(name)),
             Err(e) => {
-                let what = format!("{e}; the next writer or `potstill recover` salvages {}", open.path.display());
-                self.stopped = Some(what);
+                let e = e.advise(REOPEN);
+                self.stopped = Some(e.to_string());
                 Err(e)
             }
         }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use self::open_shard::{encode_dense, encode_plain, OpenShard};
 use crate::codec::dense::{train, Coded, Dense, TRAINED};
 use crate::codec::Codec;
+use crate::columns::{Collected, Values};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::format::check_key;
@@ -83,7 +84,9 @@ impl Writer {
     fn load_or_create(root: &Path, spec: &Spec, resume: bool) -> Result<State> {
         if State::load(root)?.is_none() {
             let strangers: Vec<String> = files::list(root)?;
-            if let Some(name) = strangers.iter().find(|n| !["open", "shards", "log"].contains(&n.as_str())) {
+            let stranger = strangers.iter().find(|n| !["open", "shards", "log"].contains(&n.as_str()));
+            // another process may have made the cache meanwhile
+            if let (Some(name), None) = (stranger, State::load(root)?) {
                 let what = format!("the folder is not a cache and holds {name:?}; give an empty or a new folder");
                 return Err(Error::Folder { path: root.to_path_buf(), what });
             }
@@ -149,13 +152,19 @@ impl Writer {
 
     /// Adds a sequence; false when the cache holds it already with equal content.
     pub fn add(&mut self, key: &str, rows: &Rows<'_>) -> Result<bool> {
+        self.add_with(key, rows, &[])
+    }
+
+    /// Adds a sequence with the spec's further columns, each as little-endian bytes, row after row.
+    pub fn add_with(&mut self, key: &str, rows: &Rows<'_>, columns: &[&[u8]]) -> Result<bool> {
         self.ready()?;
         check_key(key.as_bytes()).map_err(Error::Refused)?;
+        Values { columns: &self.state.spec.columns, bytes: columns }.check(key, rows.len())?;
         let mut counts = std::mem::take(&mut self.counts);
         let checked = self.checker.check(key, rows, &mut counts);
-        let added = checked.and_then(|()| self.add_checked(key, rows, &counts));
+        let added = checked.and_then(|()| self.add_checked(key, rows, &counts, columns));
         self.counts = counts;
-        added
+        added.map_err(|e| e.advise(AGAIN))
     }
 
     /// From here on rows may be such as a cache holds: the codec's rounding may have lifted their mass.
@@ -164,19 +173,20 @@ impl Writer {
     }
 
     /// Adds rows that a cache held before: the codec's rounding may have lifted their mass.
-    pub(crate) fn add_stored(&mut self, key: &str, rows: &Rows<'_>) -> Result<bool> {
+    pub(crate) fn add_stored(&mut self, key: &str, rows: &Rows<'_>, columns: &Collected) -> Result<bool> {
         let strict = std::mem::replace(&mut self.checker, Checker::stored(&self.state.spec));
-        let added = self.add(key, rows);
+        let added = self.add_with(key, rows, &columns.slices());
         self.checker = strict;
         added
     }
 
-    fn add_checked(&mut self, key: &str, rows: &Rows<'_>, counts: &[u16]) -> Result<bool> {
+    fn add_checked(&mut self, key: &str, rows: &Rows<'_>, counts: &[u16], columns: &[&[u8]]) -> Result<bool> {
         let first_block = self.open.as_ref().map_or(0, OpenShard::next_block);
+        let columns = Values { columns: &self.state.spec.columns, bytes: columns };
         let k = self.state.spec.k;
         let encoded = match &self.codec {
             Codec::Plain(codec) => {
-                let encoded = encode_plain(key, rows, counts, codec, k, first_block);
+                let encoded = encode_plain(key, rows, counts, codec, k, columns, first_block);
                 if self.is_known(key, encoded.entry.content_hash)? {
                     return Ok(false);
                 }
@@ -185,11 +195,11 @@ impl Writer {
             Codec::Dense(dense) => {
                 let bad = |(row, what)| Error::BadRow { key: key.to_string(), row, what };
                 let coded = Coded::new(&dense.layout, rows, counts).map_err(bad)?;
-                let hash = coded.hash();
+                let hash = columns.hash(coded.hash());
                 if self.is_known(key, hash)? {
                     return Ok(false);
                 }
-                encode_dense(key, &coded, hash, dense, first_block)
+                encode_dense(key, &coded, hash, dense, columns, first_block)
             }
         };
         let open = match &mut self.open {
@@ -243,15 +253,18 @@ impl Writer {
     // learns tables from the open shard and writes it again with them, if that makes it smaller
     fn retrain(&mut self) -> Result<()> {
         let (Codec::Dense(dense), Some(open)) = (&self.codec, &self.open) else { return Ok(()) };
-        let sequences = open.coded(dense)?;
-        let coded: Vec<Coded> = sequences.iter().map(|(_, coded)| coded.clone()).collect();
+        let columns = &self.state.spec.columns;
+        let sequences = open.coded(dense, columns)?;
+        let coded: Vec<Coded> = sequences.iter().map(|(_, coded, _)| coded.clone()).collect();
         let Some(tables) = train(dense.layout, &coded) else { return Ok(()) };
         drop(coded);
         let trained = Dense { layout: dense.layout, tables: Arc::new(tables) };
         let codec = Codec::Dense(trained.clone());
         let mut smaller = OpenShard::create(&open_dir(&self.root), &self.state.spec, &codec)?;
-        for ((key, coded), old) in sequences.iter().zip(open.sequences()) {
-            let encoded = encode_dense(key, coded, old.content_hash, &trained, smaller.next_block());
+        for ((key, coded, further), old) in sequences.iter().zip(open.sequences()) {
+            let bytes = further.slices();
+            let values = Values { columns, bytes: &bytes };
+            let encoded = encode_dense(key, coded, old.content_hash, &trained, values, smaller.next_block());
             if let Err(e) = smaller.append(encoded) {
                 let _ = fs::remove_file(&smaller.path);
                 return Err(e);
@@ -273,13 +286,17 @@ impl Writer {
         }
         self.commit()?;
         if self.state.compacted != self.state.next {
-            self.state.compact(&self.root)?;
+            self.state.compact(&self.root).map_err(|e| e.advise(AGAIN))?;
         }
         self.stopped = Some(CLOSED.to_string());
         Ok(())
     }
 }
 
+const AGAIN: &str =
+    "; what was committed is safe and what was added waits: make room or mend the disk, then add or flush again";
+const REOPEN: &str =
+    "; what was committed is safe: make room or mend the disk and open another writer, which takes over what waits";
 const CLOSED: &str = "it was closed; open another with resume=True";
 
 impl Drop for Writer {

@@ -11,6 +11,7 @@ use crate::bytes::token_hash;
 use crate::codec::dense::{Coded, Dense};
 use crate::codec::plain::Plain;
 use crate::codec::Codec;
+use crate::columns::{Collected, Column, Values};
 use crate::error::{Error, Part, Result};
 use crate::files::{self, FileSource, Source, OPEN};
 use crate::format::block::{self, Head, KIND_ROWS};
@@ -79,23 +80,27 @@ impl OpenShard {
         self.len + self.tables.len() as u64
     }
 
-    /// Reads back every sequence as codes.
-    pub fn coded(&self, dense: &Dense) -> Result<Vec<(String, Coded)>> {
+    /// Reads back every sequence as codes, and its further columns.
+    pub fn coded(&self, dense: &Dense, columns: &[Column]) -> Result<Vec<(String, Coded, Collected)>> {
         let file = self.file.try_clone().map_err(Error::io("read", &self.path))?;
         let source = FileSource::from_file(file).map_err(Error::io("read", &self.path))?;
         let (mut found, mut bytes) = (Vec::new(), Vec::new());
         let (mut at, mut blocks) = ((self.header.len() + self.tables.len()) as u64, self.footer.blocks.iter());
         for sequence in &self.footer.sequences {
-            let mut whole = Coded::default();
+            let (mut whole, mut further) = (Coded::default(), Collected::default());
             for entry in blocks.by_ref().take(sequence.blocks as usize) {
                 bytes.resize(entry.len as usize, 0);
                 source.read_at(at, &mut bytes).map_err(Error::io("read", &self.path))?;
                 let damaged = |what| Error::damaged(&self.path.display().to_string(), Part::File, what);
                 let block = block::decode(&bytes).map_err(damaged)?;
-                whole.append(&dense.decode_coded(block.payload, block.head.shape()).map_err(damaged)?);
+                if block.head.kind == KIND_ROWS {
+                    whole.append(&dense.decode_coded(block.payload, block.head.shape()).map_err(damaged)?);
+                } else {
+                    further.push(columns, &block).map_err(damaged)?;
+                }
                 at += u64::from(entry.len);
             }
-            found.push((sequence.key.clone(), whole));
+            found.push((sequence.key.clone(), whole, further));
         }
         Ok(found)
     }
@@ -155,23 +160,31 @@ pub fn encode_plain(
     counts: &[u16],
     codec: &Plain,
     max_k: u32,
+    columns: Values<'_>,
     first_block: u32,
 ) -> Encoded {
     let mut hash = Xxh3Default::new();
-    let mut encoded = encode(key, counts, max_k, first_block, |first, end, _, out| {
+    let mut encoded = encode(key, counts, max_k, columns, first_block, |first, end, _, out| {
         let start = out.len();
         codec.encode(&rows.slice(first, end), &counts[first..end], out);
         hash.update(&out[start..]);
     });
     encoded.entry.token_hash = token_hash(rows.tokens);
-    encoded.entry.content_hash = hash.digest128();
+    encoded.entry.content_hash = columns.hash(hash.digest128());
     encoded
 }
 
 /// The same for rows as codes, of which the content hash is known.
-pub fn encode_dense(key: &str, coded: &Coded, content_hash: u128, dense: &Dense, first_block: u32) -> Encoded {
+pub fn encode_dense(
+    key: &str,
+    coded: &Coded,
+    content_hash: u128,
+    dense: &Dense,
+    columns: Values<'_>,
+    first_block: u32,
+) -> Encoded {
     let fill = |first, end, entry, out: &mut Vec<u8>| dense.encode(coded, first, end, entry, out);
-    let mut encoded = encode(key, &coded.counts, dense.layout.k, first_block, fill);
+    let mut encoded = encode(key, &coded.counts, dense.layout.k, columns, first_block, fill);
     let tokens: Vec<i32> = coded.tokens.iter().map(|t| *t as i32).collect();
     encoded.entry.token_hash = token_hash(&tokens);
     encoded.entry.content_hash = content_hash;
@@ -183,6 +196,7 @@ fn encode(
     key: &str,
     counts: &[u16],
     max_k: u32,
+    columns: Values<'_>,
     first_block: u32,
     mut fill: impl FnMut(usize, usize, usize, &mut Vec<u8>),
 ) -> Encoded {
@@ -193,7 +207,7 @@ fn encode(
         let entries: usize = counts[first..end].iter().map(|c| usize::from(*c)).sum();
         let head = Head {
             kind: KIND_ROWS,
-            last: end == counts.len(),
+            last: end == counts.len() && columns.columns.is_empty(),
             number: first_block + blocks.len() as u32,
             rows: (end - first) as u32,
             first_row: first as u32,
@@ -204,6 +218,7 @@ fn encode(
         entry += entries;
         blocks.push(BlockEntry { sum, len: len as u32, rows: head.rows, entries: head.entries, kind: KIND_ROWS });
     }
+    columns.encode(key, first_block, &mut bytes, &mut blocks);
     let (blocks_len, tokens) = (blocks.len() as u32, counts.len() as u32);
     let entry = SequenceEntry { key: key.to_string(), blocks: blocks_len, tokens, token_hash: 0, content_hash: 0 };
     Encoded { bytes, blocks, entry }
