@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from potstill.cache.exchange.convert import export
 from potstill.cache.exchange.parts import merge, split
 
 from ..forks import exit_code, fork
+from .test_hostile import put, reforge
 
 COLUMNS = (
     Column.hidden(6),
@@ -203,6 +205,44 @@ def test_a_shard_learns_its_tables_and_keeps_its_columns(tmp_path, dense_lab):
     check(cache.open(tmp_path / "c"), given, dense_lab)
     (shard,) = dense_lab.shard_files(tmp_path / "c")
     assert int.from_bytes(shard.read_bytes()[104:112], "little") > 0, "no table was learnt"
+
+
+def in_block(number, fmt, offset, value):
+    """A change inside block `number`, counted from its start."""
+
+    def change(data, header_len, foot):
+        before = sum(struct.unpack_from("<I", data, foot + 40 + 24 * i)[0] for i in range(number))
+        struct.pack_into(fmt, data, header_len + before + offset, value)
+
+    return change
+
+
+# blocks of "a": rows, hidden (bf16 [5, 6]), scores, classes, whitespace, pair; 24 bytes each in the footer
+ATTACKS = {
+    "out of order": (put("<H", ("footer", 76), 2), "a block of kind 2 after 5 rows of kind 0"),
+    "rows twice": (put("<H", ("footer", 76), 0), "5 tokens, its blocks 10 rows"),
+    "fewer rows": (put("<I", ("footer", 68), 4), "for 4 rows of column 1"),
+    "many rows": (put("<I", ("footer", 68), 2**32 - 1), "4294967295 rows in a block"),
+    "entries": (put("<I", ("footer", 72), 1), "are needed|entries are stated"),
+    "no such column": (put("<H", ("footer", 172), 6), "a block of kind 6 after"),
+    "no columns": (put("<Q", ("header", 16), 0), "further columns are not those"),
+    "not a number": (in_block(1, "<H", 40, 0x7FC0), "block 1: column .*hidden.*, row 0: a number that is not finite"),
+    "infinite": (in_block(2, "<I", 40, 0x7F800000), "block 2: column .*scores.*not finite"),
+    "another row": (in_block(1, "<I", 16, 1), "block 1: it holds row 1 .* where row 0"),
+    "another key": (in_block(3, "<B", 32, ord("b")), "block 3: it holds row 0 of .*b.* where row 0 of .*a.* belongs"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_pitfall_28_forged_columns_are_refused(tmp_path, plain_lab, name):
+    pytest.importorskip("xxhash")
+    write(tmp_path / "c", plain_lab, {"a": 5})
+    change, match = ATTACKS[name]
+    reforge(tmp_path / "c", plain_lab, change, blocks=6)
+    with pytest.raises(cache.CacheError, match=match):
+        assert cache.open(tmp_path / "c")["a"] is None
+    report = cache.verify_cache(tmp_path / "c")
+    assert not report.ok
 
 
 def test_merge_and_split_keep_columns(tmp_path, lab):

@@ -182,7 +182,9 @@ SHARD_ATTACKS = {
     "long key": (put("<H", ("footer", 64), 5000), "5000 bytes wanted"),
     "key not text": (put("<B", ("footer", 104), 0xFF), "UTF-8"),
     "extension": (put("<H", ("footer", 66), 4), "unknown required extension"),
-    "block kind": (put("<H", ("footer", 52), 3), "unknown kind 3"),
+    "block kind": (put("<H", ("footer", 52), 300), "unknown kind 300"),
+    "column for rows": (put("<H", ("footer", 52), 3), "5 tokens, its blocks 0 rows"),
+    "columns of no spec": (put("<Q", ("header", 16), 2), "further columns are not those"),
 }
 
 
