@@ -23,6 +23,9 @@ from .text import Document, TextSource
 if TYPE_CHECKING:
     from ..teachers import Head, TopK
 
+# What an alignment with other tokenizers needs of a cache: `potstill build --xtok`.
+XTOK: dict[str, Any] = {"k": 1, "values": "fp16", "token_log_probs": True}
+
 # Batches of similar length are formed inside windows of this many batches.
 _WINDOW = 8
 

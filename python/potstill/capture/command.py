@@ -38,6 +38,11 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
     type=float,
     help="Keep the mass of the rest at this temperature too, so that a loss can use it (repeatable).",
 )
+@click.option(
+    "--xtok",
+    is_flag=True,
+    help="For students of any tokenizer: each token's log-probability and one entry (--k 1 --values fp16).",
+)
 @click.option("--batch-size", default=8, show_default=True, help="Sequences per forward pass.")
 @click.option("--max-tokens", type=int, help="Stop before the sequence that would pass this many tokens.")
 @click.option("--text-field", default="text", show_default=True, help="Field of the text in JSONL and datasets.")
@@ -79,7 +84,13 @@ def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
 
     With --server URL the rows are asked of a running vLLM, SGLang or OpenAI-like server: MODEL is then the name under
     which it serves the teacher, and the tokenizer is loaded from there or from --tokenizer.
+
+    A cache for students of another tokenizer (--xtok) is aligned with theirs as it is loaded.
     """
+    if options["xtok"]:
+        from .builder import XTOK
+
+        options |= XTOK
     try:
         finished = _run(model, data, out, options)
     except (ValueError, TypeError, OSError) as e:

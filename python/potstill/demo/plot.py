@@ -7,6 +7,22 @@ from typing import Any
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 OURS, OTHER = "#0f766e", "#c9ced6"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 22,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -16,23 +32,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: Any = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "axes.titlecolor": INK,
-        "axes.titlesize": 11.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 22,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "text.color": INK,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(12.5, 7.2), dpi=140, facecolor="white")
         grid = figure.add_gridspec(
             2,
@@ -70,7 +70,7 @@ def _subtitle(r: dict[str, Any]) -> str:
     )
 
 
-def _note(axis: Any, text: str) -> None:
+def note(axis: Any, text: str) -> None:
     axis.text(0, 1.035, text, transform=axis.transAxes, color=MUTED, fontsize=9, va="bottom")
 
 
@@ -78,7 +78,7 @@ def _curve(axis: Any, r: dict[str, Any]) -> None:
     steps = [p["step"] for p in r["loss_curve"]]
     losses = [p["loss"] for p in r["loss_curve"]]
     axis.set_title("Training from the cache")
-    _note(axis, "fused sparse forward KL, nats a token")
+    note(axis, "fused sparse forward KL, nats a token")
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.plot(steps, losses, color=OURS, linewidth=2.2, solid_capstyle="round")
@@ -96,18 +96,18 @@ def _curve(axis: Any, r: dict[str, Any]) -> None:
 def _held_out(axis: Any, r: dict[str, Any]) -> None:
     values = [r["kl_before"], r["kl_after"]]
     axis.set_title("Held-out KL to the teacher")
-    _note(axis, f"exact, whole vocabulary; {1 - values[1] / values[0]:.0%} lower")
+    note(axis, f"exact, whole vocabulary; {1 - values[1] / values[0]:.0%} lower")
     bars = axis.bar(["before", "after"], values, color=[OTHER, OURS], width=0.58)
     axis.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontweight="bold")
     axis.set_ylim(0, max(values) * 1.15)
-    _bare(axis)
+    bare(axis)
 
 
 def _storage(axis: Any, r: dict[str, Any]) -> None:
     names = ["potstill cache", f"torch.save of top {r['k']}", "raw fp32 logits"]
     values = [r["cache_bytes_per_token"], r["list_bytes_per_token"], r["raw_bytes_per_token"]]
     axis.set_title("Bytes per teacher token")
-    _note(axis, f"logarithmic; raw logits are {values[2] / values[0]:,.0f} times the cache")
+    note(axis, f"logarithmic; raw logits are {values[2] / values[0]:,.0f} times the cache")
     at = [2, 1, 0]
     axis.barh(at, values, color=[OURS, OTHER, OTHER], height=0.42)
     axis.set_xscale("log")
@@ -125,14 +125,14 @@ def _pair(axis: Any, values: dict[str, float], title: str, r: dict[str, Any], sh
     ratio = values["eager"] / values["fused"]
     axis.set_title(title)
     said = f"{1 - 1 / ratio:.0%} less" if ratio >= 1 else f"{1 / ratio - 1:.0%} more"
-    _note(axis, f"{r['loss_shape']['rows']:,} rows × {r['vocab_size']:,}: {said}")
+    note(axis, f"{r['loss_shape']['rows']:,} rows × {r['vocab_size']:,}: {said}")
     bars = axis.bar(["eager PyTorch", "potstill"], [values["eager"], values["fused"]], color=[OTHER, OURS], width=0.58)
     axis.bar_label(bars, [show(values["eager"]), show(values["fused"])], padding=3, fontweight="bold")
     axis.set_ylim(0, max(values.values()) * 1.18)
-    _bare(axis)
+    bare(axis)
 
 
-def _bare(axis: Any) -> None:
+def bare(axis: Any) -> None:
     axis.yaxis.set_visible(False)
     axis.spines["left"].set_visible(False)
     axis.tick_params(length=0)

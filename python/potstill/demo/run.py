@@ -63,12 +63,12 @@ def run(out: Path, settings: Settings, say: Callable[[str], None] = print) -> di
     torch.manual_seed(settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    with _stage("load", seconds, say, f"loading the teacher from the Python package {PACKAGE}"):
+    with stage("load", seconds, say, f"loading the teacher from the Python package {PACKAGE}"):
         loaded = load_model(f"package:{PACKAGE}", dtype="float32", device="cpu")
     teacher, tokenizer = loaded.model, loaded.tokenizer
     training, others = standard_library()
 
-    with _stage("cache", seconds, say, f"caching the top {settings.k} of {settings.tokens:,} teacher tokens"):
+    with stage("cache", seconds, say, f"caching the top {settings.k} of {settings.tokens:,} teacher tokens"):
         built = _cache(out / "cache", teacher, tokenizer, training, loaded.name, loaded.revision, settings)
         cache = ps_cache.open(out / "cache")
         if not cache.verify().ok:
@@ -77,14 +77,14 @@ def run(out: Path, settings: Settings, say: Callable[[str], None] = print) -> di
     say(f"  {built.tokens:,} tokens, {built.bytes_per_token:.1f} bytes a token, {rate:,.0f} tokens/s")
 
     student = every_nth_layer(teacher, settings.every)
-    with _stage("before", seconds, say, "held-out KL of the untrained student"):
+    with stage("before", seconds, say, "held-out KL of the untrained student"):
         batches = held_out(teacher, _held_out_batches(others, tokenizer, settings))
         before = divergence_between(student, batches)
     say(f"  {before:.3f} nats a token")
 
-    with _stage("train", seconds, say, f"training from the cache, passes: {settings.epochs}"):
+    with stage("train", seconds, say, f"training from the cache, passes: {settings.epochs}"):
         curve = train(student, cache, settings, out / "trainer", say)
-    with _stage("after", seconds, say, "held-out KL of the trained student"):
+    with stage("after", seconds, say, "held-out KL of the trained student"):
         after = divergence_between(student, batches)
     say(f"  {after:.3f} nats a token")
 
@@ -92,7 +92,7 @@ def run(out: Path, settings: Settings, say: Callable[[str], None] = print) -> di
     layers = teacher.config.num_hidden_layers, student.config.num_hidden_layers
     held_out_tokens = sum(b.ids.numel() for b in batches)
     del teacher, student, loaded, batches
-    with _stage("measure", seconds, say, "the fused loss and eager PyTorch, taking turns"):
+    with stage("measure", seconds, say, "the fused loss and eager PyTorch, taking turns"):
         measured = losses.rows(shape, repeats=settings.repeats, compiled=False, limit=math.inf, peaks=True, note=say)
 
     report = _report(settings, cache, (before, after), held_out_tokens, curve, measured, layers, seconds)
@@ -243,7 +243,7 @@ def _report(
 
 
 @contextlib.contextmanager
-def _stage(name: str, seconds: dict[str, float], say: Callable[[str], None], what: str) -> Iterator[None]:
+def stage(name: str, seconds: dict[str, float], say: Callable[[str], None], what: str) -> Iterator[None]:
     say(f"{what} ...")
     start = time.monotonic()
     yield

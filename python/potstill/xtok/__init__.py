@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from potstill.xtok.aligner import Aligner, Stream
     from potstill.xtok.alignment import Alignment
     from potstill.xtok.alm import alm_loss, linear_alm_loss
+    from potstill.xtok.cached import ChunkBatch, ChunkCollator
     from potstill.xtok.chunks import chunk_log_probs, merged_at_words, next_token_log_probs
     from potstill.xtok.hybrid import gold_loss
     from potstill.xtok.projected import project_topk
@@ -27,6 +28,8 @@ _NAMES = {
     "Aligner": "aligner",
     "Stream": "aligner",
     "Alignment": "alignment",
+    "ChunkBatch": "cached",
+    "ChunkCollator": "cached",
     "VocabBytes": "vocab",
     "adapters": "",
     "alm_loss": "alm",
@@ -42,9 +45,9 @@ _NAMES = {
 }
 
 __all__ = [
-    "Aligner", "Alignment", "Stream", "VocabBytes", "adapters", "alm_loss", "chunk_log_probs", "first_rows",
-    "gold_loss", "linear_alm_loss", "merged_at_words", "merged_rows", "next_token_log_probs", "project_topk",
-    "uld_loss",
+    "Aligner", "Alignment", "ChunkBatch", "ChunkCollator", "Stream", "VocabBytes", "adapters", "alm_loss",
+    "chunk_log_probs", "first_rows", "gold_loss", "linear_alm_loss", "merged_at_words", "merged_rows",
+    "next_token_log_probs", "project_topk", "uld_loss",
 ]  # fmt: skip
 
 
