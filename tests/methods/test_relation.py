@@ -195,3 +195,41 @@ def test_span_products_and_self_relations_in_pieces(largest):
     with largest() as made:
         relation_kl(s, t).backward()
     assert 0 < made[0] <= 4 * 256 * 2048, "chunks of 256 rows"
+
+
+@pytest.mark.parametrize("loss", ["relation_kl", "span_products", "attention_mse", "attention_kl"])
+def test_bf16_is_no_worse_than_plain_torch(loss, no_worse):
+    g = torch.Generator().manual_seed(8)
+    s, w, ts, tw = (
+        torch.randn(*shape, generator=g).bfloat16() for shape in ((1, 24, 16), (40, 16), (1, 24, 8), (40, 8))
+    )
+    maps = [(torch.randn(2, 24, 24, generator=g) * 2).softmax(-1).bfloat16() for _ in range(2)]
+
+    def plain(s, w, ts, tw, a, t):
+        if loss == "attention_mse":
+            return (a - t).square().mean()
+        if loss == "attention_kl":
+            return (t * (t.log() - a.log())).sum(-1).mean()
+        if loss == "relation_kl":
+            lq, lp = ((x[0] @ x[0].t() / x.shape[-1] ** 0.5).log_softmax(-1) for x in (s, ts))
+            return (lp.exp() * (lp - lq)).sum(-1).mean()
+        p, q = ((x[0] @ y.t()).softmax(-1) for x, y in ((s, w), (ts, tw)))
+        return (p[:-1] * p[1:] - q[:-1] * q[1:]).abs().sum(-1).mean()
+
+    def ours(s, w, ts, tw, a, t):
+        if loss.startswith("attention"):
+            return (attention_mse if loss == "attention_mse" else attention_kl)(a, t)
+        if loss == "relation_kl":
+            return relation_kl(s, ts)
+        return span_product_loss(s, w, ps.HiddenTeacher(ts, ps.Head(tw)), torch.zeros(1, 24, dtype=torch.int64))
+
+    given = [s, w, ts, tw, *maps]
+    found = []
+    for f, dtype in ((ours, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+        value = f(*leaves)
+        moves = leaves[4] if loss.startswith("attention") else leaves[0]
+        found.append((value.detach(), torch.autograd.grad(value, moves)[0]))
+    (got, grad), (rounded, rounded_grad), (truth, true_grad) = found
+    no_worse(got, rounded, truth)
+    no_worse(grad, rounded_grad, true_grad, floor=2.0**-8)

@@ -190,7 +190,7 @@ def hardness_mix(
     18, "OPTIN", "arXiv:2403.17921", family="A", knowledge=CODE, status="part",
     formula="score = -sum over layers of |F_T F_T^T - F_S F_S^T|_F^2 on up to 768 tokens - s T^2 max(KL, 0)",
     note="A score of a pruned model, no gradient. The code multiplies by T^2 and does not divide the logits by T; so "
-    "does this. The search for masks is outside.",
+    "does this. F at unit length is our reading. The search for masks is outside.",
 )  # fmt: skip
 @torch.no_grad()
 def pruning_score(
