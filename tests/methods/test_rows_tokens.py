@@ -156,7 +156,7 @@ def teacher_chunks(w):
 
 def chunk_alignment():
     spans = torch.tensor([[[0, 1], [0, 1]], [[1, 2], [1, 2]], [[2, 4], [2, 3]], [[4, 7], [3, 4]]], dtype=torch.int32)
-    student, teacher = torch.tensor([0, 1, 2, 2, 3, 3, 3, -1]), torch.tensor([0, 1, 2, 3])
+    student, teacher = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 2, 2, 3, 3, 3, -1], [0, 1, 2, 3]))
     return Alignment(
         spans=spans.repeat(B, 1, 1), row_ptr=torch.arange(B + 1) * 4, flags=torch.zeros(4 * B, dtype=torch.uint8),
         student_ptr=torch.arange(B + 1) * T, teacher_ptr=torch.arange(B + 1) * 4,
@@ -246,6 +246,19 @@ def test_05_the_codes_r_is_half_of_ours():
     p, q = w.zt.softmax(-1), reverse_teacher(w).logits.softmax(-1)
     code = 10 * (p - q).abs().sum(-1) + 1e-3
     torch.testing.assert_close(logits.extrapolation_weights(w.teacher, reverse_teacher(w)), code)
+
+
+def test_06_short_rows_are_compared_on_what_they_have():
+    w = World(torch.float64, {})
+    topk = ps.topk(w.zt, 5)
+    ids, log_probs = topk.ids.clone(), topk.log_probs.clone()
+    ids[..., 3:], log_probs[..., 3:] = -1, -torch.inf
+    for over in ("logits", "probabilities"):
+        short = logits.best_entries_kl(w.hidden, w.weight, ps.TopK(ids, log_probs), w.keep, over=over)
+        three = logits.best_entries_kl(w.hidden, w.weight, ps.topk(w.zt, 3), w.keep, over=over)
+        torch.testing.assert_close(short, three)
+        pair = (torch.autograd.grad(x, [w.hidden, w.weight]) for x in (short, three))
+        torch.testing.assert_close(*pair)
 
 
 def test_07_acceptance_rises_while_total_variation_falls():

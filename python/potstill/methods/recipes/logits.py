@@ -18,9 +18,9 @@ from potstill.methods.preference import dpo_loss, sequence_logprobs
 from potstill.methods.relation import span_product_loss
 from potstill.mixtures import Masked, Mix, Student, Teacher
 from potstill.teachers import Head, HiddenTeacher, LogitsTeacher, TopK
+from potstill.tokens import token_logprobs
 from potstill.xtok.alignment import Alignment
 from potstill.xtok.alm import linear_alm_loss
-from potstill.xtok.at import log_probs_at
 
 Dense = HiddenTeacher | LogitsTeacher
 
@@ -174,13 +174,17 @@ def best_entries_kl(
         return loss
     if over != "probabilities":
         raise ValueError(f"over={over!r} is not known; use 'logits' or 'probabilities'")
-    rows = student_hidden.flatten(0, -2)
-    q = log_probs_at(rows, student_head, topk.ids.flatten(0, -2)).exp()
-    p = topk.log_probs.flatten(0, -2).exp().to(q.dtype)
+    missing = topk.ids < 0
+    found = token_logprobs(student_hidden, student_head, torch.where(missing, -100, topk.ids))
+    assert isinstance(found, Tensor)
+    q = torch.where(missing, 0.0, found.exp())
+    p = topk.log_probs.exp().to(q.dtype)
     if other_token:
         p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
-    t, s = ((x / temperature).log_softmax(-1) for x in (p, q))
-    return torch.where(keep.flatten(), (t.exp() * (t - s)).sum(-1), 0.0).sum() / len(keep)
+        missing = torch.cat([missing, torch.zeros_like(missing[..., :1])], -1)
+    t, s = ((x / temperature).masked_fill(missing, -torch.inf).log_softmax(-1) for x in (p, q))
+    rows = torch.where(missing, 0.0, t.exp() * (t - s)).sum(-1)
+    return torch.where(keep, rows, 0.0).sum() / len(keep)
 
 
 @row(
