@@ -18,6 +18,7 @@ FILES = {
     24: "test_kill.py",
     25: "test_round_trip.py",
     26: "test_batch.py",
+    27: "../integrations/test_server_rows.py",
     28: "test_hostile.py",
     29: "test_workers.py",
 }
@@ -25,7 +26,7 @@ FILES = {
 
 @pytest.mark.parametrize("number", FILES)
 def test_each_pitfall_has_its_tests(number):
-    text = Path(__file__).with_name(FILES[number]).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / FILES[number]).read_text(encoding="utf-8")
     assert f"def test_pitfall_{number}_" in text
 
 
