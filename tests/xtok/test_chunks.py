@@ -1,5 +1,7 @@
 """Sums over chunks by every backend, chunks taken together, and alignments in other trainers' shapes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,15 @@ def test_the_op_keeps_its_contract(alignment, backend):
     (grad,) = torch.autograd.grad(chunk_log_probs(values, alignment, backend=backend).sum(), values, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_chunk_numbers_of_another_integer_type_are_the_same_chunks(alignment, backend):
+    values = (-torch.rand(len(alignment.student_chunk))).requires_grad_()
+    same = replace(alignment, student_chunk=alignment.student_chunk.long())
+    got, want = (chunk_log_probs(values, a, backend=backend) for a in (same, alignment))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), values) for x in (got, want)))
 
 
 def test_no_chunks_and_the_wrong_number_of_tokens(alignment):

@@ -19,7 +19,8 @@ def refuses_chunks(facts: Facts) -> str | None:
 @register("chunk_sums", "cpp", rank=50, refuses=refuses_chunks)
 def chunk_sums(values: Tensor, chunk: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     """See reference/chunks.py. Summed in fp64."""
-    values, chunk, starts, ends = (x.contiguous() for x in (values, chunk, starts, ends))
+    values, chunk = values.contiguous(), chunk.to(torch.int32).contiguous()
+    starts, ends = (x.to(torch.int64).contiguous() for x in (starts, ends))
     sums = torch.empty(len(starts), dtype=values.dtype)
     _cpp.chunk_sums(
         values.dtype == torch.float64, values.data_ptr(), chunk.data_ptr(), starts.data_ptr(), ends.data_ptr(),
@@ -31,7 +32,7 @@ def chunk_sums(values: Tensor, chunk: Tensor, starts: Tensor, ends: Tensor) -> T
 @register("chunk_sums_backward", "cpp", rank=50, refuses=refuses_chunks)
 def chunk_sums_backward(grad: Tensor, values: Tensor, chunk: Tensor) -> Tensor:
     """See reference/chunks.py."""
-    grad, values, chunk = (x.contiguous() for x in (grad, values, chunk))
+    grad, values, chunk = grad.contiguous(), values.contiguous(), chunk.to(torch.int32).contiguous()
     out = torch.empty_like(values)
     _cpp.chunk_gradient(
         values.dtype == torch.float64, grad.data_ptr(), values.data_ptr(), chunk.data_ptr(), len(values), out.data_ptr()
