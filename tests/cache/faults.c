@@ -10,13 +10,14 @@
 #include <unistd.h>
 
 static char kind[16], folder[4096];
-static int left, code, fired;
+static int left, code, fired, links = 1;
 
 void fault_set(const char *k, int nth, int error, const char *under) {
   snprintf(kind, sizeof kind, "%s", k), snprintf(folder, sizeof folder, "%s", under);
   left = nth, code = error, fired = 0;
 }
 int fault_fired(void) { return fired; }
+void fault_links(int allowed) { links = allowed; }  // 0: a file system without hard links
 
 static int due(const char *k, const char *path) {
   if (!left || strcmp(kind, k) || strncmp(path, folder, strlen(folder)) || --left) return 0;
@@ -46,7 +47,10 @@ ssize_t pread64(int fd, void *data, size_t n, off64_t at) {
 int fsync(int fd) { return due_fd("fsync", fd) ? -1 : REAL(fsync, fd); }
 int ftruncate64(int fd, off64_t n) { return due_fd("truncate", fd) ? -1 : REAL(ftruncate64, fd, n); }
 int rename(const char *a, const char *b) { return due("rename", a) ? -1 : REAL(rename, a, b); }
-int linkat(int d, const char *a, int e, const char *b, int f) { return due("link", a) ? -1 : REAL(linkat, d, a, e, b, f); }
+int linkat(int d, const char *a, int e, const char *b, int f) {
+  if (!links) return errno = EPERM, -1;
+  return due("link", a) ? -1 : REAL(linkat, d, a, e, b, f);
+}
 int open64(const char *path, int flags, ...) {
   va_list rest;
   va_start(rest, flags);

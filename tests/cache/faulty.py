@@ -105,4 +105,6 @@ for kind, code in [
     ("link", errno.EPERM), ("open", errno.EMFILE), ("truncate", errno.EIO),
 ]:  # fmt: skip
     print(kind, code, writers(root, calm, kind, code), flush=True)
+shim.fault_links(0)  # records are then created and written in place
+print("write", errno.EIO, writers(root, calm, "write", errno.EIO), flush=True)
 print("read", errno.EIO, readers(root / "calm", calm))
