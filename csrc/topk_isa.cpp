@@ -19,9 +19,9 @@ template <class C>
 static double log_sum(const C* z, int64_t n, double factor) {  // z descends
   const double best = z[0];
   if (!(best > kNegInf) || best == -kNegInf) return best * factor;
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += std::exp((static_cast<double>(z[i]) - best) * factor);
-  return best * factor + std::log(total);
+  Sum total;
+  for (int64_t i = 0; i < n; ++i) total.add(std::exp((static_cast<double>(z[i]) - best) * factor));
+  return best * factor + std::log(total.value());
 }
 
 template <class T, class C>

@@ -101,6 +101,17 @@ struct ExpBelow {
   }
 };
 
+// Terms >= 0 added with their rounding errors kept: hundreds of equal ones else round the same way each time.
+struct Sum {
+  double total = 0, lost = 0;
+  POTSTILL_INLINE void add(double x) {
+    const double next = total + x;
+    lost += total >= x ? (total - next) + x : (x - next) + total;
+    total = next;
+  }
+  POTSTILL_INLINE double value() const { return total + lost; }
+};
+
 // A running sum of exp(z * f), relative to exp(reference): fp32 lanes of at most 64 terms each, total in fp64.
 template <class C, bool Scaled = false>
 struct ExpSum {
@@ -158,16 +169,16 @@ struct ExpSum {
 
   template <class Skip>
   __attribute__((noinline)) bool add_far(const C* z, int64_t n, Skip skip) {
-    double more = 0;
+    Sum more;
     for (int64_t i = 0; i < n; i += W) {
       const uint32_t gone = bits(skip(load<V>(z + i)));
       for (int64_t l = i; l < std::min<int64_t>(i + W, n); ++l) {
         if (gone >> (l - i) & 1) continue;
         if (z[l] != z[l]) return false;
-        if (std::fabs(top) < -kNegInf) more += std::exp(z[l] * f - reference);
+        if (std::fabs(top) < -kNegInf) more.add(std::exp(z[l] * f - reference));
       }
     }
-    total += more;
+    total += more.value();
     return true;
   }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from potstill import divergences, metrics
 from potstill.divergences import Divergence
 from potstill.encoding import check_objective, encode
-from potstill.mixtures import Teacher
+from potstill.mixtures import TEACHERS, Teacher
 from potstill.row_losses import RowLoss
 from potstill.rows import TAILS, Side
 from potstill.teachers import Head, TopK, describe
@@ -61,7 +61,7 @@ class Call:
             if self.distill_weight:
                 raise ValueError("teacher is None; give one, or distill_weight=0.0 for the cross-entropy alone")
             self.tail = "drop"  # a sparse teacher without entries
-        elif not isinstance(teacher, Teacher):
+        elif not isinstance(teacher, TEACHERS):
             raise TypeError(
                 "teacher must be a HiddenTeacher, LogitsTeacher, TopK, Mix or Masked, "
                 f"not {describe(teacher)}"

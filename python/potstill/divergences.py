@@ -137,7 +137,7 @@ def get(which: str | Divergence | RowLoss) -> Divergence | RowLoss:
     """The divergence, estimator or row loss of that name (default parameters), or `which` itself."""
     from potstill import row_losses
 
-    if isinstance(which, Divergence | row_losses.RowLoss):
+    if isinstance(which, (Divergence, row_losses.RowLoss)):
         return which
     found = TABLE.get(which) if isinstance(which, str) else None
     if found is not None and found.kind != "metric":

@@ -64,45 +64,44 @@ class Encoder:
         return [self.number(side.vocab_size), self.number(side.scale), self.number(side.softcap)]
 
     def source(self, t: Any) -> list[Any]:
-        """The plan of one source."""
+        """The plan of one source. No `match` here: torch.compile before 2.7 does not know it."""
         call = self.call
-        match t:
-            case HiddenTeacher():
-                from potstill.arguments import promote
+        if isinstance(t, HiddenTeacher):
+            from potstill.arguments import promote
 
-                hidden, weight, bias = promote(t.hidden, t.head, shard=call.shard is not None)
-                same_shard(call.shard, t.head)
-                if hidden.shape[-1] != weight.shape[1]:
-                    raise ValueError(
-                        f"the teacher's hidden has shape {list(hidden.shape)}; its last size must be its head's "
-                        f"D = {weight.shape[1]}"
-                    )
-                call.check_rows("the teacher's hidden", hidden, 1)
-                side = self.side(t.head.side)
-                places = (self.place(hidden.reshape(-1, hidden.shape[-1])), self.place(weight), self.place(bias))
-                return ["hidden", *places, side]
-            case LogitsTeacher():
-                call.check_rows("the teacher's logits", t.logits, 1)
-                return ["logits", self.place(t.logits.reshape(-1, t.logits.shape[-1])), self.side(t.side)]
-            case Student():
-                return ["student"]
-            case Uniform():
-                return ["uniform"]
-            case OneHot():
-                call.check_rows("OneHot's labels", t.labels)
-                return ["onehot", self.place(t.labels.reshape(-1).long())]
-            case TopK():
-                return ["entries", *(self.place(x) for x in self.entries(t)), self.place(self.rows(t.log_rest))]
-            case Mix():
-                terms = []
-                for a, source, temperature in t.terms:
-                    if isinstance(a, Tensor) and a.dim():
-                        call.check_rows("a coefficient of Mix", a)
-                        a = a.reshape(-1)
-                    elif not isinstance(a, Tensor):
-                        a = torch.full((), float(a), dtype=call.wide, device=call.device)
-                    terms.append([self.place(a), self.number(temperature), self.source(source)])
-                return ["mix", t.space, t.tail, terms]
+            hidden, weight, bias = promote(t.hidden, t.head, shard=call.shard is not None)
+            same_shard(call.shard, t.head)
+            if hidden.shape[-1] != weight.shape[1]:
+                raise ValueError(
+                    f"the teacher's hidden has shape {list(hidden.shape)}; its last size must be its head's "
+                    f"D = {weight.shape[1]}"
+                )
+            call.check_rows("the teacher's hidden", hidden, 1)
+            side = self.side(t.head.side)
+            places = (self.place(hidden.reshape(-1, hidden.shape[-1])), self.place(weight), self.place(bias))
+            return ["hidden", *places, side]
+        if isinstance(t, LogitsTeacher):
+            call.check_rows("the teacher's logits", t.logits, 1)
+            return ["logits", self.place(t.logits.reshape(-1, t.logits.shape[-1])), self.side(t.side)]
+        if isinstance(t, Student):
+            return ["student"]
+        if isinstance(t, Uniform):
+            return ["uniform"]
+        if isinstance(t, OneHot):
+            call.check_rows("OneHot's labels", t.labels)
+            return ["onehot", self.place(t.labels.reshape(-1).long())]
+        if isinstance(t, TopK):
+            return ["entries", *(self.place(x) for x in self.entries(t)), self.place(self.rows(t.log_rest))]
+        if isinstance(t, Mix):
+            terms = []
+            for a, source, temperature in t.terms:
+                if isinstance(a, Tensor) and a.dim():
+                    call.check_rows("a coefficient of Mix", a)
+                    a = a.reshape(-1)
+                elif not isinstance(a, Tensor):
+                    a = torch.full((), float(a), dtype=call.wide, device=call.device)
+                terms.append([self.place(a), self.number(temperature), self.source(source)])
+            return ["mix", t.space, t.tail, terms]
         raise AssertionError(t)
 
     def rows(self, x: Tensor | None) -> Tensor | None:

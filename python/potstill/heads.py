@@ -126,7 +126,7 @@ def _extra_bias(model: Any) -> Tensor | None:
 
 def _number(config: Any, attribute: str) -> float | None:
     value = getattr(config, attribute, None)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) and value != 0 else None
 
@@ -264,7 +264,7 @@ def _plain_tokens(model: Any, count: int) -> list[int]:
         for name, value in config.to_dict().items():
             if "token" in name and isinstance(value, int):
                 special.add(value)
-            elif "token" in name and isinstance(value, list | tuple):
+            elif "token" in name and isinstance(value, (list, tuple)):
                 special.update(v for v in value if isinstance(v, int))
     size = model.get_input_embeddings().weight.shape[0]
     return [i for i in range(size) if i not in special][:count] or [0]

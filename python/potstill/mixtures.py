@@ -76,7 +76,7 @@ class Mix:
         if not isinstance(term, tuple) or len(term) not in (2, 3):
             raise TypeError(f"Mix term {i} must be (coefficient, source) or (coefficient, source, temperature)")
         a, source, temperature = (*term, 1.0)[:3]
-        if not isinstance(a, Tensor) and not (isinstance(a, int | float) and math.isfinite(a)):
+        if not isinstance(a, Tensor) and not (isinstance(a, (int, float)) and math.isfinite(a)):
             raise TypeError(f"Mix term {i}: the coefficient must be a finite number or a tensor, not {describe(a)}")
         dense = (HiddenTeacher, LogitsTeacher, Student)
         accepted = dense if self.space == "logits" else (*dense, OneHot, Uniform, TopK)
@@ -117,7 +117,7 @@ class Masked:
     softness: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.teacher, HiddenTeacher | LogitsTeacher | Mix):
+        if not isinstance(self.teacher, (HiddenTeacher, LogitsTeacher, Mix)):
             raise TypeError(
                 f"Masked takes a HiddenTeacher, LogitsTeacher or Mix, not {describe(self.teacher)}; TopK with "
                 "tail='renormalize' is the mask of the K most probable entries"
@@ -131,3 +131,4 @@ class Masked:
 
 
 Teacher = HiddenTeacher | LogitsTeacher | TopK | Mix | Masked
+TEACHERS = (HiddenTeacher, LogitsTeacher, TopK, Mix, Masked)  # torch.compile before 2.7 knows no isinstance of a union

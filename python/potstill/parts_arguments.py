@@ -20,7 +20,7 @@ def check_parts(call: Call, teacher: Any, low_memory: bool) -> None:
         if low_memory and call.shard is None
         else "give every process the whole head (potstill.distributed.materialized_head)"
     )
-    if isinstance(teacher, Mix | Masked):
+    if isinstance(teacher, (Mix, Masked)):
         raise ValueError(
             f"{why} takes a HiddenTeacher, a LogitsTeacher or a TopK, not a {type(teacher).__name__}; {remedy}"
         )

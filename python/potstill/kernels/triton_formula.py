@@ -103,7 +103,7 @@ def _with_triton_globals(function: Callable[..., Any]) -> types.FunctionType:
 
 
 def _translate(function: Callable[..., Any], name: str, value: Any) -> Any:
-    if isinstance(value, int | float):
+    if isinstance(value, (int, float)):
         return value if INTERPRETED else tl.constexpr(value)
     if isinstance(value, types.FunctionType):
         return device_function(value)

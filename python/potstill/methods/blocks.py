@@ -17,7 +17,7 @@ Score = Callable[[Any, Any], float | Tensor]
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in a block's output: the output itself, or the first of a tuple."""
-    found = output[0] if isinstance(output, tuple | list) else output
+    found = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(found, Tensor):
         raise TypeError(f"a block gave {type(output).__name__}; a tensor, or a tuple that begins with one, is needed")
     return found
@@ -26,7 +26,7 @@ def first_tensor(output: Any) -> Tensor:
 def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         return type(value)(_detached(v) for v in value)
     if isinstance(value, dict):
         return {name: _detached(v) for name, v in value.items()}

@@ -60,7 +60,7 @@ def vllm_rows(prompt_logprobs: Any, tokens: Any, *, k: int, vocab_size: int, gen
     tokens = np.asarray(tokens)
     flat = _flat(prompt_logprobs)
     entries = _from_flat(*flat) if flat else prompt_logprobs
-    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes):
+    if not isinstance(entries, Sequence) or isinstance(entries, (str, bytes)):
         raise ValueError(f"prompt_logprobs is {excerpt(prompt_logprobs)}: a list with an entry a token is needed")
     if len(entries) != len(tokens):
         raise ValueError(
