@@ -129,6 +129,7 @@ INSIDE_BACKWARD = (
     "linear_distill_rows_backward",
     "distill_rows_backward",
     "scale_gradients",
+    "chunk_sums_backward",
 )
 
 
@@ -174,6 +175,9 @@ def test_opcheck_every_operator():
         ps.linear_sample(torch.randn(6, D), torch.randn(V, D), 4, seed=3)
         x, w = torch.randn(6, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
         ps.token_logprobs(x, w, tokens).sum().backward()
+        chunk, ends = torch.tensor([0, 0, -1, 1, 1, 1]), torch.tensor([[0, 2], [3, 6]])
+        values = (-torch.rand(6)).requires_grad_()
+        torch.ops.potstill.chunk_sums(values, chunk.int(), *ends.int().unbind(1), "auto").sum().backward()
     assert any(
         isinstance(a, torch.Tensor) and a.requires_grad for a in recorder.calls["potstill::linear_distill"][0][1]
     )
