@@ -4,6 +4,7 @@
 #   make test         the whole Python suite, then the Rust tests
 #   make bench        the benchmarks                  make lint         ruff, mypy, rustfmt, clippy
 #   make docs         the site, built strictly into out/site
+#   make fuzz         coverage-guided fuzzing of the cache reader, SECONDS=60 for each target, side by side
 #   make gpu-compile  kernels for sm_80, sm_90a, sm_100 without a GPU        make clean
 # PYTHON=python3.12 chooses the interpreter; UV_CACHE_DIR and CARGO_TARGET_DIR are honoured.
 
@@ -24,7 +25,7 @@ UV = $(firstword $(foreach uv,uv $(STORE)/uv/bin/uv,$(if $(shell $(uv) --version
 PIP = $(UV) pip install --python $(PY) --constraints constraints.txt
 NVCC_PACKAGE := cuda-toolkit[nvcc,cccl,cudart,crt,nvvm]==13.0.2
 
-.PHONY: install demo test bench docs lint gpu-compile clean
+.PHONY: install demo test bench docs lint gpu-compile clean fuzz deny
 install: $(DONE)
 
 $(PY):
@@ -69,6 +70,14 @@ gpu-compile: install
 	$(PY) bench/compile_gpu.py
 	POTSTILL_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/gpu
 	cd build/gpu/potstill && $(CURDIR)/$(PY) -c 'import _cuda; print("_cuda loads without a driver")'
+
+# coverage-guided fuzzing of what the cache reads, on a stable toolchain: make fuzz SECONDS=600
+SECONDS := 60
+fuzz:
+	rust/fuzz/run.sh $(SECONDS)
+
+deny:  # needs cargo-deny: cargo install --locked cargo-deny
+	cargo deny --workspace check
 
 clean:
 	rm -rf $(VENV) build dist out python/potstill/*.so

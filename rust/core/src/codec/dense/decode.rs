@@ -9,7 +9,7 @@ use super::values::{grid_value, Values};
 use super::{widest, Dense, Layout};
 use crate::bytes::{padded, Cursor};
 use crate::codec::Shape;
-use crate::rows::RowsMut;
+use crate::rows::{RowsMut, TOLERANCE};
 
 /// Codes that a run writes behind the last one wanted.
 const OVERRUN: usize = 8;
@@ -297,6 +297,12 @@ impl<'a> Decoder<'a> {
         }
         self.entries += n;
         let (ids, codes) = (&self.ids[..n], &self.codes[..n]);
+        if let (Values::Bf16Logits, Some(code)) = (layout.values, codes.first()) {
+            let first = layout.values.value(*code, f32::from_bits(lse)); // the largest; NaN codes are the lowest
+            if first.is_nan() || first > TOLERANCE {
+                return Err(format!("row {i} has a log_prob of {first}"));
+            }
+        }
         sink.row(i, &Row { token, ids, codes, draws: &self.draws, rests: &self.rests, lse });
         std::mem::swap(&mut self.ids, &mut self.before);
         self.had = n;

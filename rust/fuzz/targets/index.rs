@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(init: potstill_fuzz::write_seeds("index"), |data: &[u8]| potstill_fuzz::index(data));
