@@ -7,11 +7,13 @@ import json
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from potstill import divergences
-from potstill.bench import fidelity, losses, objectives, rivals, run, sweeps, topk
+from potstill.bench import cache as cache_bench
+from potstill.bench import cache_rivals, cache_rows, fidelity, losses, objectives, rivals, run, sweeps, topk
 from potstill.bench.cases import FRESH, Case, Shape
 from potstill.bench.command import bench
 from potstill.bench.measure import in_turns, machine, peak_in_process
@@ -114,7 +116,53 @@ def test_gradients_near_convergence():
     assert rows["eager, all in bf16"]["hidden_gradient_error"] > 10 * precise["hidden_gradient_error"]
 
 
+def teacher_rows(path):
+    """A small file as `--teacher-rows` takes it."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 4, (90, 700)).astype(np.float32)
+    lp = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True)).astype(np.float32)
+    ids = np.argsort(-lp, -1)[:, :16]
+    top = np.take_along_axis(lp, ids, -1)
+    tail = 1 - np.exp(top.astype(np.float64)).sum(-1)
+    np.savez(path, ids=ids, lp=top, tail=tail, tok=rng.integers(0, 700, 90), lens=[40, 1, 49], V=700)
+    return path
+
+
+def test_the_cache_is_compared_before_it_is_timed(tmp_path, monkeypatch):
+    """A rival that returns other rows, and a cache that does, stop the section."""
+    rows = cache_rows.load(teacher_rows(tmp_path / "rows.npz"))
+    raw = cache_rivals.Raw.open
+    monkeypatch.setattr(cache_rivals, "STORES", (cache_rivals.Raw(),))
+    notes: list[str] = []
+    names = [r["variant"] for r in cache_bench.figures(rows, repeats=1, note=notes.append)]
+    assert names == ["potstill, 1/16", "potstill, 1/32", "potstill, bf16_logits", "raw arrays (memcpy)"] and not notes
+
+    def late(self, folder, rows):
+        opened = raw(self, folder, rows)
+        return replace(opened, one=lambda i, out: opened.one(0, out))
+
+    monkeypatch.setattr(cache_rivals.Raw, "open", late)
+    with pytest.raises(AssertionError, match="raw arrays"):
+        cache_bench.figures(rows, repeats=1, note=notes.append)
+    given = cache_bench.topk(rows, "1/16")
+    cache_bench.write(tmp_path / "c", rows, given, "1/16")
+    given.log_probs = given.log_probs - np.float32(0.2)
+    with pytest.raises(AssertionError, match="error 0.2"):
+        cache_bench.check_ours(cache_bench.Ours(tmp_path / "c", rows), rows, given, "1/16")
+
+
+def test_absent_stores_and_rounded_rows_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_rivals.importlib.util, "find_spec", lambda name: None)
+    notes: list[str] = []
+    assert cache_rivals.found(notes.append) == [] and "LMDB + zstd skipped, lmdb is not installed" in notes[1]
+    rows = cache_rows.load(teacher_rows(tmp_path / "rows.npz"))
+    cache_bench.write(tmp_path / "c", rows, cache_bench.topk(rows, "1/16"), "1/16")
+    with pytest.raises(ValueError, match="--values fp32"):
+        cache_rows.load(tmp_path / "c")
+
+
 def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
+    rows = teacher_rows(tmp_path / "rows.npz")
     monkeypatch.setattr(topk, "CASES", [(torch.bfloat16, 16, "gaussian"), (torch.float32, 16, "ascending")])
     monkeypatch.setattr(topk, "VOCAB", 4000)
     monkeypatch.setattr(losses, "SMOKE", [replace(s, vocab=900) for s in losses.SMOKE[:2]])
@@ -123,14 +171,21 @@ def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(objectives, "extra_peak", lambda *a: 1)
     monkeypatch.setattr(sweeps, "MODELS", {})
     monkeypatch.setattr(fidelity, "missing", lambda: "left to its own test")
-    done = CliRunner().invoke(bench, ["all", "--smoke", "--out", str(tmp_path), "--cache", str(tmp_path / "no")])
+    done = CliRunner().invoke(bench, ["all", "--smoke", "--out", str(tmp_path), "--teacher-rows", str(rows)])
     assert done.exit_code == 0, done.output
     assert "skipped" in done.output and "| loss, forward + backward" in done.output
     rows = list(csv.DictReader(open(tmp_path / "losses.csv")))
     assert {"potstill", "eager"} <= {r["variant"] for r in rows} and all(float(r["seconds"]) > 0 for r in rows)
     kinds = list(csv.DictReader(open(tmp_path / "divergences.csv")))
     assert {r["divergence"] for r in kinds} == set(divergences.names()) and len(kinds) == 2 * len(divergences.names())
-    assert {"precision.csv", "memory.csv", "topk.csv"} <= {p.name for p in tmp_path.iterdir()}
+    stored = list(csv.DictReader(open(tmp_path / "cache.csv")))
+    assert {"potstill, 1/16", "potstill, bf16_logits", "raw arrays (memcpy)", "npz, compressed"} <= {
+        r["variant"] for r in stored
+    }
+    for r in stored:
+        assert all(float(r[f"{what}_tokens_per_second"]) > 0 for what in ("decode", "random", "write"))
+        assert float(r["max_error"]) <= (1 / 32 + 1e-5 if r["variant"] == "potstill, 1/16" else 0.13), r
+    assert {"precision.csv", "memory.csv", "topk.csv", "cache.csv"} <= {p.name for p in tmp_path.iterdir()}
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["torch"] == torch.__version__
 
 

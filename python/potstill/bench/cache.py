@@ -1,58 +1,183 @@
-"""The cache that `potstill demo` wrote, read back: bytes a token and decoding rate, beside Parquet and raw arrays."""
+"""The cache beside other formats on real teacher rows: bytes a token, fidelity, decoding, random reads, writing.
+
+Everything that is timed is read back and compared first. One thread, but for the line that says two.
+"""
 
 from __future__ import annotations
 
 import tempfile
-import time
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from potstill import cache
+from potstill.bench import cache_rivals
+from potstill.bench.cache_rows import Rows
+from potstill.bench.measure import Variant, in_turns, spread
+from potstill.cache.buffers import Buffers
+from potstill.cache.statistics import row_kl
 
-def figures(path: Path, repeats: int = 5) -> list[dict[str, Any]]:
-    """Rows of the table for the cache at `path`; Parquet is left out where pyarrow is not installed."""
-    from potstill import cache
+Row = dict[str, Any]
+VALUES = ("1/16", "1/32", "bf16_logits")
+SHARD = 1 << 22  # bytes: several fsyncs in a write
+WRITTEN = 40_000  # rows: the given ones, over and over
 
-    opened = cache.open(path)
-    keys = opened.keys()
-    decoded = [opened.numpy(key) for key in keys]
-    tokens, ids, log_probs, log_rest = (np.concatenate(x) for x in zip(*decoded, strict=True))
-    n = len(tokens)
-    readers: dict[str, Any] = {"potstill": lambda: [opened.numpy(key) for key in keys]}
-    sizes = {"potstill": opened.num_bytes / n, "raw int32 + fp32 arrays": (4 + 8 * ids.shape[1] + 4)}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError:
-            pass
-        else:
-            file = Path(folder) / "rows.parquet"
-            columns = {
-                "tokens": pa.array(tokens),
-                "log_rest": pa.array(log_rest),
-                "ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.ravel()), ids.shape[1]),
-                "log_probs": pa.FixedSizeListArray.from_arrays(pa.array(log_probs.ravel()), ids.shape[1]),
+
+def spec_of(rows: Rows, values: str) -> cache.Spec:
+    return cache.Spec(rows.vocab_size, rows.ids.shape[1], teacher="benchmark", values=values)
+
+
+def topk(rows: Rows, values: str) -> SimpleNamespace:
+    """All rows as a writer takes them."""
+    given = SimpleNamespace(ids=rows.ids, log_probs=rows.log_probs, log_rest=rows.log_rest, lse=None)
+    if values == "bf16_logits":
+        given.log_probs, given.lse = rows.as_bf16_logits()
+    return given
+
+
+def cut(given: SimpleNamespace, part: slice) -> SimpleNamespace:
+    return SimpleNamespace(**{name: None if c is None else c[part] for name, c in vars(given).items()})
+
+
+def write(folder: Path, rows: Rows, given: SimpleNamespace, values: str, first: int = 0, step: int = 1) -> None:
+    """Every step-th sequence from `first` on. Several threads may share the folder."""
+    with cache.Writer(folder, spec_of(rows, values), shard_bytes=SHARD) as writer:
+        for i, part in list(enumerate(rows.parts()))[first::step]:
+            writer.add(f"{i}", rows.tokens[part], cut(given, part))
+
+
+def write_in_two_threads(folder: Path, rows: Rows, given: SimpleNamespace, values: str) -> None:
+    cache.Writer(folder, spec_of(rows, values)).close()
+    threads = [threading.Thread(target=write, args=(folder, rows, given, values, i, 2)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class Ours:
+    """A written cache, read into memory that is there already; every token is compared with the cached one."""
+
+    def __init__(self, path: Path, rows: Rows) -> None:
+        self.cache = cache.open(path)
+        self.keys = [f"{i}" for i in range(len(rows.ends))]
+        self.tokens = [np.ascontiguousarray(rows.tokens[p]) for p in rows.parts()]
+        self.lengths = [len(t) for t in self.tokens]
+        self.out = Buffers.empty(self.cache.spec, len(rows.tokens))
+        longest = max(self.lengths)
+        self.one_out = {n: Buffers.empty(self.cache.spec, n) for n in {*self.lengths, longest}}
+
+    def all(self) -> None:
+        self.cache._rust.read_many(self.keys, self.lengths, None, tokens=self.tokens, **vars(self.out))
+
+    def one(self, i: int) -> None:
+        out = self.one_out[self.lengths[i]]
+        self.cache._rust.read_many([self.keys[i]], [self.lengths[i]], None, tokens=[self.tokens[i]], **vars(out))
+
+
+def check_ours(ours: Ours, rows: Rows, given: SimpleNamespace, values: str) -> tuple[float, float]:
+    """(mean KL, largest error of a log-probability) of what is read; AssertionError where it was not written so."""
+    ours.all()
+    n, k = rows.ids.shape
+    ids, log_probs = ours.out.ids.reshape(n, k), ours.out.log_probs.reshape(n, k)
+    kl, error, missing = row_kl(given.ids, given.log_probs, given.log_rest, ids, log_probs, ours.out.log_rest)
+    allowed = 0.0 if values == "bf16_logits" else 0.5 / int(values.split("/")[1]) + 1e-5
+    if missing.any() or error.max() > allowed:
+        raise AssertionError(f"values {values}: {missing.sum()} entries lost, error {error.max():.3g} > {allowed:.3g}")
+    for i, part in enumerate(rows.parts()):
+        ours.one(i)
+        np.testing.assert_array_equal(ours.one_out[ours.lengths[i]].ids, ids[part].ravel())
+    truth = rows.log_probs if values == "bf16_logits" else given.log_probs
+    if values == "bf16_logits":  # against the fp32 rows: what bf16 logits cost, which is the teacher's and not ours
+        kl, error, _ = row_kl(rows.ids, truth, rows.log_rest, ids, log_probs, ours.out.log_rest)
+    return float(kl.mean()), float(error.max())
+
+
+def check_rival(store: cache_rivals.Store, opened: cache_rivals.Opened, rows: Rows, out: cache_rivals.Columns) -> None:
+    opened.all(out)
+    for got, want in zip(out, cache_rivals.columns(rows), strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=store.name)
+    for i, part in enumerate(rows.parts()):
+        opened.one(i, out)
+        for got, want in zip(out, cache_rivals.columns(rows), strict=True):
+            np.testing.assert_array_equal(got[: part.stop - part.start], want[part], err_msg=store.name)
+
+
+def size(folder: Path) -> int:
+    return sum(
+        f.stat().st_blocks * 512 if f.name == "data.mdb" else f.stat().st_size for f in folder.rglob("*") if f.is_file()
+    )
+
+
+def figures(rows: Rows, *, repeats: int, note: Callable[[str], Any]) -> list[Row]:
+    """Rows of the table for these teacher rows."""
+    many = rows.repeated(min(WRITTEN, 8 * len(rows.tokens)))
+    n, order = len(rows.tokens), np.random.default_rng(0).permutation(len(rows.ends)).tolist()
+    read: dict[str, Variant] = {}
+    random: dict[str, Variant] = {}
+    written: dict[str, Variant] = {}
+    facts: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        count = iter(range(10**9))
+
+        def fresh() -> Path:
+            path = root / f"{next(count)}"
+            path.mkdir()
+            return path
+
+        def write_anew(given: SimpleNamespace, values: str) -> None:
+            write(fresh(), many, given, values)
+
+        for values in VALUES:
+            name, given, path = f"potstill, {values}", topk(rows, values), fresh()
+            write(path, rows, given, values)
+            ours = Ours(path, rows)
+            kl, error = check_ours(ours, rows, given, values)
+            facts[name] = {"bytes_per_token": size(path) / n, "mean_kl": kl, "max_error": error}
+            read[name] = ours.all
+            random[name] = lambda ours=ours: [ours.one(i) for i in order]  # type: ignore[misc]
+            written[name] = partial(write_anew, topk(many, values), values)
+        given = topk(many, VALUES[0])
+        written["two threads"] = lambda: write_in_two_threads(fresh(), many, given, VALUES[0])
+        out = cache_rivals.empty(rows)
+        _, _, rounded, _ = cache_rivals.columns(rows)
+        kls, errors, _ = row_kl(rows.ids, rows.log_probs, rows.log_rest, rows.ids, rounded, rows.log_rest)
+        for store in cache_rivals.found(note):
+            path = fresh()
+            store.write(path, rows)
+            opened = store.open(path, rows)
+            check_rival(store, opened, rows, out)
+            facts[store.name] = {
+                "bytes_per_token": size(path) / n,
+                "mean_kl": float(kls.mean()),
+                "max_error": float(errors.max()),
             }
-            pq.write_table(
-                pa.table(columns), file, compression="zstd", use_dictionary=False, use_byte_stream_split=True
-            )
-            sizes["Parquet, byte-stream-split + zstd"] = file.stat().st_size / n
-            readers["Parquet, byte-stream-split + zstd"] = lambda: pq.read_table(file, use_threads=False)
-        seconds: dict[str, list[float]] = {name: [] for name in readers}
-        for _ in range(repeats):
-            for name, read in readers.items():
-                start = time.perf_counter()
-                read()
-                seconds[name].append(time.perf_counter() - start)
-    return [
-        {
-            "case": f"cache of {n:,} tokens, k={ids.shape[1]}",
-            "variant": name,
-            "bytes_per_token": size,
-            "tokens_per_second": n / median(seconds[name]) if name in seconds else None,
-        }
-        for name, size in sizes.items()
-    ]
+            read[store.name] = lambda o=opened: o.all(out)  # type: ignore[misc]
+            random[store.name] = lambda o=opened: [o.one(i, out) for i in order]  # type: ignore[misc]
+
+            def save(store: cache_rivals.Store = store) -> None:
+                folder = fresh()
+                store.write(folder, many)
+                cache_rivals.durable(folder)
+
+            written[store.name] = save
+        seconds = {what: in_turns(variants, repeats) for what, variants in
+                   {"decode": read, "random": random, "write": written}.items()}  # fmt: skip
+    two = seconds["write"].pop("two threads")
+    first = f"potstill, {VALUES[0]}"
+    table = []
+    for name, fact in facts.items():
+        row: Row = {"case": rows.title, "variant": name, "tokens": n, **fact}
+        for what, taken in seconds.items():
+            row[f"{what}_tokens_per_second"] = (len(many.tokens) if what == "write" else n) / median(taken[name])
+            row[f"{what}_spread"] = spread(taken[name])
+        row["two_threads_over_one"] = median(seconds["write"][first]) / median(two) if name == first else None
+        table.append(row)
+    return table

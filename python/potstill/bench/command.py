@@ -15,8 +15,9 @@ WHAT = ["losses", "models", "threads", "divergences", "precision", "memory", "to
 @click.option("--smoke", is_flag=True, help="Small shapes, two rounds: a check that everything runs, not figures.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True,
               help="Folder for CSV and JSON.")  # fmt: skip
-@click.option("--cache", "cache_path", type=click.Path(path_type=Path), default=Path("out/demo/cache"),
-              show_default=True, help="The cache to measure; `potstill demo` writes this one.")  # fmt: skip
+@click.option("--teacher-rows", multiple=True, type=click.Path(exists=True, path_type=Path),
+              help="Rows for the cache's section, an npz or an exact cache, instead of the kept and the built ones; "
+              "may be given twice.")  # fmt: skip
 @click.option("--threads", type=int, default=None, help="Threads of the losses; default: all cores. Top-k runs on one.")
 @click.option("--rows", type=int, default=None, help="Rows of the loss shapes, instead of 512.")
 @click.option("--vocab", type=int, default=None, help="Vocabulary of the loss shapes, instead of 151,936.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from potstill.bench import cache, fidelity, losses, objectives, plots, records, rivals, sweeps, topk, xtok
+from potstill.bench import cache, cache_rows, fidelity, losses, objectives, plots, records, rivals, sweeps, topk, xtok
 from potstill.bench.cases import Shape
 from potstill.bench.measure import machine
 from potstill.bench.tables import fidelity_tables, tables
@@ -47,7 +47,7 @@ class Plan:
     dtypes: tuple[str, ...] = ()
     limit: float = 30.0
     repeats: int | None = None
-    cache_path: Path = Path("out/demo/cache")
+    teacher_rows: tuple[Path, ...] = ()
 
     def times(self, usual: int) -> int:
         return self.repeats or (2 if self.smoke else usual)
@@ -103,11 +103,9 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
         found["xtok"] = xtok.figures(smoke=plan.smoke, repeats=plan.times(5), note=note)
     torch.set_num_threads(before)
     if what in ("cache", "all"):
-        if plan.cache_path.is_dir():
-            note(f"cache: {plan.cache_path}")
-            found["cache"] = cache.figures(plan.cache_path, repeats=plan.times(5))
-        else:
-            note(f"cache: skipped, {plan.cache_path} is not there; `potstill demo` writes it, --cache names another")
+        for path in cache_rows.sources(plan.teacher_rows, plan.smoke, note):
+            note(f"cache: {path}")
+            found["cache"] += cache.figures(cache_rows.load(path), repeats=plan.times(7), note=note)
     return found
 
 

@@ -73,10 +73,19 @@ def xtok(rows: list[Row]) -> str:
     ])  # fmt: skip
 
 
+def millions(rate: float, spread: float) -> str:
+    return f"{rate / 1e6:.2f} M ({spread:.0%})"
+
+
 def cache(rows: list[Row]) -> str:
-    return table(["cache", "variant", "bytes a token", "tokens/s decoded, one thread"], [
-        [r["case"], r["variant"], f"{r['bytes_per_token']:.0f}",
-         "" if r["tokens_per_second"] is None else f"{r['tokens_per_second'] / 1e6:.2f} M"]
+    head = ["cache, one thread (spread)", "variant", "bytes a token", "mean KL", "largest error", "tokens/s decoded",
+            "at random, us for 1,000 tokens", "tokens/s written, synced", "two threads"]  # fmt: skip
+    return table(head, [
+        [r["case"], r["variant"], f"{r['bytes_per_token']:.1f}", f"{r['mean_kl']:.1e}", f"{r['max_error']:.3f}",
+         millions(r["decode_tokens_per_second"], r["decode_spread"]),
+         f"{1e9 / r['random_tokens_per_second']:,.0f} ({r['random_spread']:.0%})",
+         millions(r["write_tokens_per_second"], r["write_spread"]),
+         "" if r["two_threads_over_one"] is None else f"{r['two_threads_over_one']:.2f}x"]
         for r in rows
     ])  # fmt: skip
 
