@@ -24,6 +24,7 @@ COMMANDS = {
     "split": ("potstill.commands:split", "Divide a cache among several."),
     "card": ("potstill.commands:card", "Write a dataset card for a cache."),
     "methods": ("potstill.methods.command:methods", "List published methods and the calls that compute them."),
+    "push": ("potstill.commands:push", "Upload a cache to an object store."),
     "demo": ("potstill.demo.command:demo", "Distil a small model from a cache and report what was gained."),
     "bench": ("potstill.bench.command:bench", "Measure the kernels and the cache beside their rivals."),
     "doctor": ("potstill.cli:doctor", "Say what was built, what the machine has, which kernels serve it."),

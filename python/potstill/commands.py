@@ -111,3 +111,18 @@ def card(path: Path, out: Path | None, text: Any, overwrite: bool, **words: Any)
     finally:
         part.unlink(missing_ok=True)
     click.echo(str(out))
+
+
+@click.command()
+@CACHE
+@click.argument("url")
+@AS_JSON
+def push(path: Path, url: str, as_json: bool) -> None:
+    """Upload the cache in the folder PATH to s3://, gs:// or az:// URL: what is missing there, manifest last.
+
+    Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...). A cache that grew is
+    pushed again; another cache at URL is refused.
+    """
+    from potstill.cache.remote import push
+
+    show(push(path, url), as_json)

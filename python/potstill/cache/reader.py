@@ -294,10 +294,23 @@ def token_hash(tokens: Any) -> int:
     return _rust.token_hash(int32(tokens, "tokens", 1))
 
 
-def open(path: str | os.PathLike[str]) -> Cache:
-    """Opens a cache folder for reading.
+def open(path: str | os.PathLike[str], **remote: Any) -> Cache:
+    """Opens a cache folder for reading, or a cache at a URL: s3://, gs://, az://, http(s):// (extra `remote`), file://.
+
+    For a URL: folder (where fetched bytes are kept; a temporary one otherwise), options (for obstore's `from_url`:
+    credentials, endpoint, client_options, retry_config), requests (how many at a time, 16), read_ahead (bytes that are
+    fetched beyond a sequence when sequences are read in order, 8 MiB; 0 for none).
 
     Raises CacheError when there is no cache, or a header, index, record or manifest is damaged (naming the
     file), or it needs a newer potstill.
     """
+    if isinstance(path, str) and "://" in path:
+        from potstill.cache.remote import RemoteCache, local_path
+
+        local = local_path(path)
+        if local is None:
+            return RemoteCache(path, **remote)
+        path = local
+    if remote:
+        raise TypeError(f"{', '.join(remote)} is given for {os.fspath(path)}, which is a local folder")
     return Cache(path)

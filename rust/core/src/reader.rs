@@ -148,6 +148,15 @@ impl Reader {
         self.entry(sequence).token_hash
     }
 
+    /// The shard that holds a sequence, and the bytes of it that reading the sequence needs: tables, and its blocks.
+    pub fn ranges(&self, sequence: usize) -> (&str, [(u64, u64); 2]) {
+        let place = self.places[sequence];
+        let shard = &self.shards[place.shard];
+        let blocks = shard.footer.sequences[place.sequence].blocks as usize;
+        let tables = (shard.header.len as u64, shard.offsets[0]);
+        (&shard.name, [tables, (shard.offsets[place.first_block], shard.offsets[place.first_block + blocks])])
+    }
+
     pub fn content_hash(&self, sequence: usize) -> u128 {
         self.entry(sequence).content_hash
     }

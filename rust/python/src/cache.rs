@@ -63,6 +63,13 @@ impl Cache {
         self.inner.require(key).map(|s| self.inner.token_hash(s)).map_err(|e| to_python(py, e))
     }
 
+    /// (name of its shard, [(start, end)]): the bytes that reading a sequence needs, header and index apart.
+    fn ranges(&self, py: Python<'_>, key: &str) -> PyResult<(&str, Vec<(u64, u64)>)> {
+        let sequence = self.inner.require(key).map_err(|e| to_python(py, e))?;
+        let (name, ranges) = self.inner.ranges(sequence);
+        Ok((name, ranges.into_iter().filter(|(start, end)| start < end).collect()))
+    }
+
     /// Decodes the first len(out) tokens.
     fn read_tokens(&self, py: Python<'_>, key: &str, mut out: PyReadwriteArray1<'_, i32>) -> PyResult<()> {
         let out = out.as_slice_mut()?;
