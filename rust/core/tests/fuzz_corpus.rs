@@ -1,6 +1,6 @@
 //! The fuzzer's kept corpus through the fuzzer's own functions: no panic, nothing out of range.
 
-#[path = "../../fuzz/src/lib.rs"]
+#[path = "../../fuzz/src/targets.rs"]
 mod targets;
 
 use std::fs;
