@@ -249,6 +249,8 @@ def test_s3_push_and_read(s3, local, dense_lab, tmp_path):
     assert remote.push(grown, url, s3)["shards"] == 1
     same(cache.open(url, options=s3), grown)
     assert store.keys() == cache.open(local).keys()  # what was committed when it was opened
+    assert store.refresh() == 1 and store.find(r.tokens) == ["new"]
+    same(store, grown)
     other = tmp_path / "other"
     dense_lab.write(other, {"x": 3}, k=5)
     with pytest.raises(cache.CacheError, match="another cache"):

@@ -279,16 +279,17 @@ class Fetching:
         if not name.startswith("read"):
             return found
 
-        def read(keys: str | list[str], *arguments: Any, **named: Any) -> Any:
-            wanted = [keys] if isinstance(keys, str) else list(keys)
+        def read(*arguments: Any, **named: Any) -> Any:
+            keys = next(a for a in arguments if isinstance(a, (str, list)))  # the first of them is key or keys
+            wanted = [keys] if isinstance(keys, str) else keys
             self.fetch(wanted)
             try:
-                return found(keys, *arguments, **named)
+                return found(*arguments, **named)
             except _rust.CacheError:  # fetch once more: a bad disk or a bad answer, or the store itself is damaged
                 for shard, ranges in self.places(wanted).items():
                     self._mirror.forget(shard, ranges)
                 self.fetch(wanted)
-                return found(keys, *arguments, **named)
+                return found(*arguments, **named)
 
         return read
 
@@ -342,10 +343,19 @@ class RemoteCache(Cache):
         mirror.open_shards(mirror.state())
         self._fetching = Fetching(_rust.Cache(str(root)), mirror, read_ahead)
         self._rust = self._fetching  # type: ignore[assignment]
+        self._by_hash = None
         self.spec = Spec.from_json(self._rust.spec)
 
     def __reduce__(self) -> Any:
         return _open, (self.path, self._arguments)
+
+    def refresh(self) -> int:
+        """Takes in what was pushed since the cache was opened; the number of new sequences."""
+        before, old = len(self), self._fetching
+        old._mirror.open_shards(old._mirror.state())
+        self._fetching = Fetching(_rust.Cache(str(old._mirror.root)), old._mirror, old._read_ahead)
+        self._rust, self._by_hash = self._fetching, None  # type: ignore[assignment]
+        return len(self) - before
 
     def verify(self) -> Report:
         """Fetches every byte and checks every row; raises nothing for damage, OSError for what the store refuses."""
