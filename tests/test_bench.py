@@ -245,7 +245,7 @@ def test_sweeps_cover_models_and_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(fidelity.missing() is not None, reason=str(fidelity.missing()))
 def test_fidelity_falls_with_k_and_step():
     found = fidelity.figures(smoke=True)
