@@ -16,6 +16,7 @@ from potstill import __version__
 COMMANDS = {
     "build": ("potstill.capture.command:build", "Write a teacher's top-k log-probabilities over a corpus."),
     "score": ("potstill.capture.score:score", "Write the log-probabilities of a text's own tokens under a model."),
+    "plan": ("potstill.capture.estimate:plan", "Say what a cache of so many tokens costs in time, bytes and files."),
     "inspect": ("potstill.cli:inspect", "Say what a cache holds."),
     "verify": ("potstill.cli:verify", "Check every byte of a cache; exit 1 when something is wrong."),
     "recover": ("potstill.cli:recover", "Keep what is whole of a damaged or interrupted cache."),

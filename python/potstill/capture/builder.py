@@ -296,6 +296,7 @@ class _Progress:
         self.shown, self.size, self.world, self.out = shown, size, world, out
         self.max_tokens = max_tokens // world if max_tokens else None
         self.tokens = self.new = 0
+        self.sized_again = 0.0
 
     def __enter__(self) -> _Progress:
         from tqdm import tqdm
@@ -323,5 +324,8 @@ class _Progress:
             self.bar.n += count
             self.bar.initial += count
             self.bar.refresh()
+        if time.monotonic() < self.sized_again:  # a large cache has thousands of files
+            return
+        self.sized_again = time.monotonic() + 10
         if written := sum(f.stat().st_size for f in self.out.rglob("*") if f.is_file()):
             self.bar.set_postfix_str(f"{written / max(1, self.tokens * self.world):.0f} B/tok")
