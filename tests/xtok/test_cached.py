@@ -70,13 +70,17 @@ def test_batches_are_aligned_as_they_are_loaded(teacher, student):
     assert alignment.valid.sum() > 0.5 * len(teachers) / 4
     # an end of text stands where it stood
     assert (ids == 256).sum() == len(keys) + (teachers == tokenizer.eos_token_id).sum()
-    exact = []
+    exact, ends = [], []
     for key in keys:
         own = torch.from_numpy(cache.tokens(key)).long()
         with torch.no_grad():
             table = model(own[None]).logits[0].log_softmax(-1)
+            table = torch.nn.functional.pad(table, (0, max(0, len(vocab) - table.shape[1])), value=-torch.inf)
         exact.append(torch.cat([torch.zeros(1), table[:-1].gather(1, own[1:, None])[:, 0]]))
+        starts = torch.from_numpy(vocab.word_starts())
+        ends.append(table[:, : len(starts)][:, starts].logsumexp(-1))
     torch.testing.assert_close(batch.teacher_log_probs, torch.cat(exact), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(batch.teacher_boundary, torch.cat(ends), rtol=2e-3, atol=2e-3)
 
 
 def test_a_teacher_of_the_same_model_is_matched(teacher):
@@ -115,6 +119,19 @@ def test_training_brings_a_student_of_bytes_to_the_teachers_bits(teacher):
 
 def test_refusals(teacher, student, tmp_path):
     cache, tokenizer, _ = teacher
+    words = [
+        "build",
+        "m",
+        str(tmp_path),
+        str(tmp_path / "o"),
+        "--xtok",
+        "--server",
+        "http://x",
+        "--server-kind",
+        "vllm",
+    ]
+    failed = CliRunner().invoke(main, words)
+    assert failed.exit_code == 1 and "--xtok needs the model itself" in failed.output
     with pytest.raises(TypeError, match="VocabBytes cannot encode text; pass encode="):
         ChunkCollator(cache, tokenizer, student)
     with ps.cache.Writer(tmp_path / "c", ps.cache.Spec(vocab_size=300, k=2)) as writer:

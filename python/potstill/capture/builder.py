@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ..teachers import Head, TopK
 
 # What an alignment with other tokenizers needs of a cache: `potstill build --xtok`.
-XTOK: dict[str, Any] = {"k": 1, "values": "fp16", "token_log_probs": True}
+XTOK: dict[str, Any] = {"k": 1, "values": "fp16", "token_log_probs": True, "word_ends": True}
+WORD_END = "word_end"  # the column of word_ends
 
 # Batches of similar length are formed inside windows of this many batches.
 _WINDOW = 8
@@ -64,6 +65,7 @@ def cache_spec(
     values: str = "1/16",
     temperatures: Sequence[float] = (1.0,),
     token_log_probs: bool = False,
+    word_ends: bool = False,
 ) -> ps_cache.Spec:
     """The `Spec` a build writes: vocabulary, k, teacher, the tokenizer's content hash and how values are stored;
     length and packing in `extra`.
@@ -77,6 +79,7 @@ def cache_spec(
         values=values,
         temperatures=tuple(temperatures),
         token_log_probs=token_log_probs,
+        columns=(ps_cache.Column(WORD_END),) if word_ends else (),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         extra={"length": length, "pack": pack},
     )
@@ -94,6 +97,7 @@ def build(
     values: str = "1/16",
     temperatures: Sequence[float] = (1.0,),
     token_log_probs: bool = False,
+    word_ends: bool = False,
     batch_size: int = 8,
     max_tokens: int | None = None,
     add_special_tokens: bool = True,
@@ -114,6 +118,8 @@ def build(
     values, temperatures: how log-probabilities are stored, and at which temperatures the rest is (`cache.Spec`).
     token_log_probs: keep the log-probability of each next token of the text as well (-inf in a sequence's last row,
     which has none): the text scored by the model, see `methods.scoring`.
+    word_ends: keep, in the fp16 column "word_end", the log-probability that a word ends behind each token: the mass of
+    the ids that begin one (`xtok.VocabBytes.word_starts`).
 
     An existing `out` of an equal spec is continued: sequences already committed are compared with the text
     and left alone. Batches are formed before that choice, so an interrupted and continued build holds what an
@@ -148,7 +154,9 @@ def build(
         values=values,
         temperatures=temperatures,
         token_log_probs=token_log_probs,
+        word_ends=word_ends,
     )
+    starts = _word_starts(tokenizer, vocab_size) if word_ends else None
     documents = _documents(texts)
     sequences = token_sequences(
         documents,
@@ -174,10 +182,10 @@ def build(
                 missing = [s.key not in writer for s in batch]
                 present.check([s for s, m in zip(batch, missing, strict=True) if not m])
                 if any(missing):
-                    rows = _teacher_rows(model, head, batch, k, temperatures, token_log_probs)
-                    for sequence, row, wanted in zip(batch, rows, missing, strict=True):
+                    rows = _teacher_rows(model, head, batch, k, temperatures, token_log_probs, starts)
+                    for sequence, (row, columns), wanted in zip(batch, rows, missing, strict=True):
                         if wanted:
-                            writer.add(sequence.key, sequence.tokens, row)
+                            writer.add(sequence.key, sequence.tokens, row, columns=columns)
                             new_sequences += 1
                             new_tokens += len(sequence.tokens)
                 bar.update(batch, missing)
@@ -235,10 +243,12 @@ def _teacher_rows(
     k: int,
     temperatures: Sequence[float],
     token_log_probs: bool,
-) -> list[TopK]:
+    word_starts: torch.Tensor | None,
+) -> list[tuple[TopK, dict[str, torch.Tensor]]]:
     """Each sequence's rows: ids and log_probs [L, K], log_rest [L], the rest at the other temperatures, and on request
-    token_log_probs [L], -inf in the last row."""
+    token_log_probs [L], -inf in the last row; beside them further columns, the log mass [L] of word_starts [V]."""
     from ..extraction import linear_topk
+    from ..tokens import TokenLogprobs, token_logprobs
 
     device = next(model.parameters()).device
     longest = max(len(s.tokens) for s in batch)
@@ -257,12 +267,27 @@ def _teacher_rows(
         tokens = torch.from_numpy(following).to(device)[valid] if token_log_probs else None
         other = [t for t in temperatures if t != 1]
         top = linear_topk(hidden[valid], head, k, ids=tokens, temperatures=other).to("cpu")
+        columns = {}
+        if word_starts is not None:
+            rows = hidden[valid]
+            any_token = torch.zeros(len(rows), dtype=torch.int64, device=device)
+            mass = token_logprobs(rows, head, any_token, subset=word_starts.to(device))
+            assert isinstance(mass, TokenLogprobs) and mass.log_mass is not None
+            columns[WORD_END] = mass.log_mass.cpu().clamp(min=-6e4, max=0)  # finite in fp16
     found, start = [], 0
     for sequence in batch:
         part = slice(start, start + len(sequence.tokens))
-        found.append(top[part])
+        found.append((top[part], {name: column[part] for name, column in columns.items()}))
         start = part.stop
     return found
+
+
+def _word_starts(tokenizer: Any, vocab_size: int) -> torch.Tensor:
+    """bool [V]: the ids that begin a word; those that the tokenizer does not know begin none."""
+    from ..xtok import VocabBytes
+
+    known = torch.from_numpy(VocabBytes.from_tokenizer(tokenizer).word_starts())[:vocab_size]
+    return torch.nn.functional.pad(known, (0, vocab_size - len(known)))
 
 
 class _Committed:

@@ -41,7 +41,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 @click.option(
     "--xtok",
     is_flag=True,
-    help="For students of any tokenizer: each token's log-probability and one entry (--k 1 --values fp16).",
+    help="For students of any tokenizer: each token's log-probability, the mass of word ends, one entry in fp16.",
 )
 @click.option("--batch-size", default=8, show_default=True, help="Sequences per forward pass.")
 @click.option("--max-tokens", type=int, help="Stop before the sequence that would pass this many tokens.")
@@ -88,6 +88,8 @@ def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
     A cache for students of another tokenizer (--xtok) is aligned with theirs as it is loaded.
     """
     if options["xtok"]:
+        if options["server"]:
+            raise click.ClickException("--xtok needs the model itself: a server does not say where words end")
         from .builder import XTOK
 
         options |= XTOK
@@ -154,6 +156,7 @@ def _run_local(model: str, texts: Any, out: str, o: dict[str, Any], mine: Shard)
         values=o["values"],
         temperatures=(1.0, *(t for t in o["temperatures"] if t != 1)),
         token_log_probs=o.get("token_log_probs", False),
+        word_ends=o.get("word_ends", False),
         batch_size=o["batch_size"],
         max_tokens=o["max_tokens"],
         add_special_tokens=not o["no_special_tokens"],

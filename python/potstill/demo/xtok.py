@@ -138,12 +138,12 @@ def byte_student(settings: Settings) -> Any:
     return LlamaForCausalLM(config)
 
 
-def chunk_loss(student: Any, batch: ChunkBatch, tau: float) -> Tensor:
-    """ALM of a batch."""
+def chunk_loss(student: Any, batch: ChunkBatch, word_starts: Tensor, tau: float) -> Tensor:
+    """ALM of a batch, the chunks' ends debiased on both sides."""
     hidden = student.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     return linear_alm_loss(
         hidden[batch.mask], Head(student.lm_head.weight), batch.input_ids[batch.mask], batch.teacher_log_probs,
-        batch.alignment, tau=tau,
+        batch.alignment, tau=tau, word_starts=word_starts, teacher_boundary=batch.teacher_boundary,
     )  # fmt: skip
 
 
@@ -154,6 +154,7 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed)
     keys = collator.cache.keys()
     total = settings.epochs * -(-len(keys) // settings.batch)
+    word_starts = torch.from_numpy(collator.aligner.student.word_starts())
     optimiser = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
     warm = max(1, total // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -166,7 +167,7 @@ def train(
         order = torch.randperm(len(keys), generator=generator).tolist()
         for start in range(0, len(order), settings.batch):
             batch = collator([keys[n] for n in order[start : start + settings.batch]])
-            loss = chunk_loss(student, batch, settings.tau)
+            loss = chunk_loss(student, batch, word_starts, settings.tau)
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -13,6 +13,8 @@ from potstill.xtok.aligner import Aligner
 from potstill.xtok.alignment import Alignment
 from potstill.xtok.vocab import SPECIAL, VocabBytes
 
+WORD_END = "word_end"  # the column that `potstill build --xtok` writes
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkBatch:
@@ -20,17 +22,19 @@ class ChunkBatch:
 
     input_ids int64 [B, T], padded; attention_mask int64 [B, T].  alignment: of the rows without padding, so that
     `hidden[mask.bool()]` and `input_ids[mask.bool()]` are laid out as alignment.student_chunk.
-    teacher_log_probs fp32 [m], of every teacher token given those before it (0 for a row's first).
+    teacher_log_probs fp32 [m], of every teacher token given those before it (0 for a row's first).  teacher_boundary
+    fp32 [m], that a word ends behind each, or None where the cache does not say.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     alignment: Alignment
     teacher_log_probs: Tensor
+    teacher_boundary: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ChunkBatch:
         """The same on another device."""
-        return ChunkBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        return ChunkBatch(**{n: value if value is None else value.to(device) for n, value in vars(self).items()})
 
     @property
     def mask(self) -> Tensor:
@@ -66,20 +70,24 @@ class ChunkCollator:
         self._prefix = self.aligner.teacher.rules["prefix"]
 
     def __call__(self, features: Sequence[Any]) -> ChunkBatch:
-        rows, teachers, log_probs = [], [], []
+        rows, teachers, log_probs, boundary = [], [], [], []
         for feature in features:
             sequence = self.cache[feature["key"] if isinstance(feature, Mapping) else feature]
             rows.append(self._student_ids(sequence.tokens.tolist()))
             teachers.append(sequence.tokens)
             found = sequence.topk.token_log_probs
             log_probs.append(torch.cat([found.new_zeros(1), found[:-1]]))  # row i is of token i + 1
+            if WORD_END in sequence.columns:
+                boundary.append(sequence.columns[WORD_END].float())
         width = max(map(len, rows), default=0)
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for n, row in enumerate(rows):
             ids[n, : len(row)] = torch.tensor(row)
             mask[n, : len(row)] = 1
-        return ChunkBatch(ids, mask, self.aligner(rows, teachers), torch.cat(log_probs))
+        return ChunkBatch(
+            ids, mask, self.aligner(rows, teachers), torch.cat(log_probs), torch.cat(boundary) if boundary else None
+        )
 
     def _student_ids(self, tokens: list[int]) -> list[int]:
         out = [] if self.bos_id is None else [self.bos_id]
