@@ -34,7 +34,8 @@ class ChunkBatch:
 
     def to(self, device: torch.device | str) -> ChunkBatch:
         """The same on another device."""
-        return ChunkBatch(**{n: value if value is None else value.to(device) for n, value in vars(self).items()})
+        moved: dict[str, Any] = {n: None if value is None else value.to(device) for n, value in vars(self).items()}
+        return ChunkBatch(**moved)
 
     @property
     def mask(self) -> Tensor:
