@@ -1,4 +1,4 @@
-"""Codec 1 of the format in plain Python and numpy, written from docs/format.md: it shares no code with the package."""
+"""Codecs 1 and 2 of the format in plain Python and numpy, written from docs/format.md: it shares no code with the package."""
 
 from __future__ import annotations
 
@@ -84,15 +84,16 @@ class Layout:
 
 
 class Tables:
-    def __init__(self, data: bytes, params: bytes, vocab: int, k: int, xxh3) -> None:
+    def __init__(self, data: bytes, params: bytes, vocab: int, k: int, xxh3, codec: int = 1) -> None:
         self.layout = Layout.read(params[:8])
+        self.shifted = codec == 2 and self.layout.kind == 0
         length, zero, check, trained = struct.unpack("<IIQQ", params[8:32])
         assert zero == 0 and length == len(data) and xxh3(data[:-8]) in (None, check)
         magic, length, v, k_ = struct.unpack_from("<4sIII", data)
         assert (magic, length, v, k_) == (b"PSTB", len(data), vocab, k)
         assert data[16:24] == params[:8] and struct.unpack_from("<Q", data, 24)[0] == trained
         assert struct.unpack("<Q", data[-8:])[0] == check
-        bounds = [vocab, vocab, k + 2**31, k + 1, 2**16, 2**16, 2**16]
+        bounds = [vocab, vocab, k + 2**31, k + 1, 2**19 if self.shifted else 2**16, 2**16, 2**16]
         self.classes = [Classes(data[32 + 16 * c : 48 + 16 * c], bounds[c]) for c in range(7)]
         self.codes, self.draws = Prefix(data[144:208]), Prefix(data[208:272])
         (n,) = struct.unpack_from("<I", data, 272)
@@ -114,9 +115,9 @@ class Tables:
         self.k, self.vocab = k, vocab
         assert len(self.id_of) == vocab
 
-    def value(self, code: int, lse: float) -> np.float32:
+    def value(self, code: int, lse: float, shift: int = 0) -> np.float32:
         if self.layout.kind == 0:
-            return np.float32(-np.inf) if code == 65535 else np.float32(0 - code / self.layout.per_nat)
+            return np.float32(-np.inf) if code == 65535 else np.float32(0 - (code + shift / 8) / self.layout.per_nat)
         if self.layout.kind == 1:
             order = 0xFFFF - code
             bits = order & 0x7FFF if order & 0x8000 else 0xFFFF - order
@@ -127,7 +128,8 @@ class Tables:
 
     def rest(self, code: int) -> np.float32:
         if self.layout.kind == 0:
-            return np.float32(-np.inf) if code == 0 else self.value(code - 1, 0)
+            per_nat = self.layout.per_nat * (4 if self.shifted else 1)
+            return np.float32(-np.inf) if code == 0 else np.float32(0 - (code - 1) / per_nat)
         return np.uint32(code).view(np.float32)
 
     def block(self, payload: bytes, n: int, entries: int) -> list[dict]:
@@ -155,6 +157,9 @@ class Tables:
                 token = self.id_of[value - k] if value - k < self.vocab else value - k
             count = k - self.classes[COUNT].take(nibbles, raw) if ragged else k
             code = self.classes[FIRST].take(nibbles, raw) if layout.kind < 2 else 0
+            shift = code % 8 if self.shifted else 0
+            code = code // 8 if self.shifted else code
+            assert code < 65535 or shift == 0
             if layout.kind == 0:
                 rests = [self.classes[c].take(nibbles, raw) for c in [REST] + [EXTRA] * layout.extra]
                 lse = 0
@@ -174,7 +179,9 @@ class Tables:
                     ranks.append(self.classes[RANK].take(nibbles, raw))
             before = [self.id_of[r] for r in ranks]
             draws = [1 + self.draws.take(raw) for _ in range(count)] if layout.sampled else []
-            rows.append({"token": token, "ids": before, "codes": codes, "draws": draws, "rests": rests, "lse": lse})
+            rows.append(
+                {"token": token, "ids": before, "codes": codes, "draws": draws, "rests": rests, "lse": lse, "shift": shift}
+            )
             used += count
         assert used == entries
         for bits in (nibbles, differences, raw):
@@ -192,14 +199,14 @@ class Tables:
         for i, r in enumerate(rows):
             m = len(r["ids"])
             ids[i, :m] = r["ids"]
-            log_probs[i, :m] = [self.value(c, lse[i]) for c in r["codes"]]
+            log_probs[i, :m] = [self.value(c, lse[i], r["shift"]) for c in r["codes"]]
             counts[i, : len(r["draws"])] = r["draws"]
         return tokens, ids, log_probs, rests[:, 0], rests[:, 1:], lse, counts
 
 
-def content(rows: list[dict], kind: int) -> bytes:
+def content(rows: list[dict], tables: Tables) -> bytes:
     """What the content hash is taken of: columns of u32, entries of a row by code and then by id."""
-    columns: list[list[int]] = [[], [], [], [], [], [], []]
+    columns: list[list[int]] = [[], [], [], [], [], [], [], []]
     for r in rows:
         order = sorted(range(len(r["ids"])), key=lambda j: (r["codes"][j], r["ids"][j]))
         for column, values in zip(columns, ([r["token"]], [len(order)]), strict=False):
@@ -208,5 +215,6 @@ def content(rows: list[dict], kind: int) -> bytes:
         columns[3] += [r["codes"][j] for j in order]
         columns[4] += [r["draws"][j] - 1 for j in order if r["draws"]]
         columns[5] += [int(x) for x in r["rests"]]
-        columns[6] += [r["lse"]] if kind == 1 else []
+        columns[6] += [r["lse"]] if tables.layout.kind == 1 else []
+        columns[7] += [r["shift"]] if tables.shifted else []
     return b"".join(np.array(c, np.uint32).tobytes() for c in columns)

@@ -102,13 +102,13 @@ def shard(path: Path, spec_text: str, columns: bool = False) -> dict[str, tuple[
     major, _, header_len, required, _, codec, params_len, vocab, k, zero = struct.unpack_from("<HHIQQHHIII", data, 8)
     spec = json.loads(spec_text)
     further = [Column(**c) for c in spec.get("columns", [])]
-    flags = codec | 2 * bool(further)
-    assert (major, required, params_len, zero) == (1, flags, 32 if codec else 1, 0) and codec < 2
+    flags = int(codec > 0) | 2 * bool(further)
+    assert (major, required, params_len, zero) == (1, flags, 32 if codec else 1, 0) and codec < 3
     assert data[48:80] == hashlib.sha256(spec_text.encode()).digest()
     if codec:
         (size,) = struct.unpack_from("<I", data, 88)
         stored = data[header_len : header_len + size]
-        tables = dense.Tables(stored, data[80:112], vocab, k, xxh3)
+        tables = dense.Tables(stored, data[80:112], vocab, k, xxh3, codec)
     else:
         size, stored, tables = 0, b"", None
         id_bits = data[80]
@@ -154,7 +154,7 @@ def shard(path: Path, spec_text: str, columns: bool = False) -> dict[str, tuple[
             payloads += payload
         block += count
         whole = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        content = dense.content(coded, tables.layout.kind) if tables else payloads
+        content = dense.content(coded, tables) if tables else payloads
         check_hashes(hashed, whole[0], content, extra_payloads if further else None)
         named = {c.name: np.concatenate(parts) for c, parts in zip(further, extra, strict=True)}
         assert [len(v) for v in named.values()] == [tokens if c.per == "token" else 1 for c in further]

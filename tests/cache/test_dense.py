@@ -58,9 +58,10 @@ def teacher(lab, length: int, values: str, *, sampled=False, seed=0, **sizes) ->
     st.integers(1, 9),
     st.integers(12, 300),
     st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    st.sampled_from([1, 2]),
     st.integers(0, 2**32 - 1),
 )
-def test_every_column_in_both_readers(tmp_path_factory, lab, independent, values, length, k, vocab, flags, seed):
+def test_every_column_in_both_readers(tmp_path_factory, lab, independent, values, length, k, vocab, flags, codec, seed):
     ragged, sampled, warm, token = flags
     path = tmp_path_factory.mktemp("p") / "c"
     r = teacher(lab, length, values, seed=seed, k=k, vocab=vocab, ragged=ragged)
@@ -68,6 +69,7 @@ def test_every_column_in_both_readers(tmp_path_factory, lab, independent, values
         k=k,
         vocab=vocab,
         values=values,
+        codec=codec,
         sampled=sampled,
         temperatures=(1.0, 0.5, 2.0) if warm else (1.0,),
         token_log_probs=token,
@@ -160,6 +162,7 @@ def test_what_the_spec_asks_for_is_needed(tmp_path, lab):
         ({"sampled": 1}, TypeError),
         ({"values": "plain", "sampled": True}, ValueError),
         ({"vocab": 1 << 23}, ValueError),
+        ({"codec": 3}, ValueError),
     ]:
         with pytest.raises(error, match="Spec"):
             lab.spec(**wrong)
@@ -175,6 +178,26 @@ def zipf(lab, length: int, seed: int, k: int = 8, vocab: int = 3000) -> SimpleNa
     top = np.take_along_axis(lp, ids, -1).astype(np.float32)
     rest = np.log(np.maximum(1 - np.exp(top.astype(float)).sum(-1), 1e-9)).astype(np.float32)
     return SimpleNamespace(tokens=ids[:, 0].copy(), ids=ids, log_probs=top, log_rest=rest)
+
+
+@pytest.mark.parametrize("values", ["1/8", "1/16", "1/64"])
+def test_rows_are_shifted_to_where_the_grid_fits_them(tmp_path, lab, values):
+    """KL(p || q) of peaked rows is a fraction of what the unmoved grid gives, and the bound on each entry holds."""
+    r = lab.rows(800, k=32, vocab=600, seed=3)
+    divergence = {}
+    for codec in (1, 2):
+        with cache.Writer(tmp_path / str(codec), lab.spec(k=32, vocab=600, values=values, codec=codec)) as w:
+            w.add("x", r.tokens, r)
+        store = cache.open(tmp_path / str(codec))
+        assert store.spec.codec == codec and store.verify().ok
+        _, ids, log_probs, log_rest = store.numpy("x")
+        order, given = np.argsort(ids, -1), np.argsort(r.ids, -1)
+        p = np.append(np.take_along_axis(r.log_probs, given, -1), r.log_rest[:, None], 1).astype(float)
+        q = np.append(np.take_along_axis(log_probs, order, -1), log_rest[:, None], 1).astype(float)
+        divergence[codec] = (np.exp(p) * (np.expm1(q - p) - (q - p))).sum(-1).mean()  # 0 where q is p, whatever their mass
+        assert np.abs(q - p)[:, :-1].max() <= 0.5 * eval(values) + 1e-5
+        assert np.abs(q - p)[:, -1].max() <= 0.5 * eval(values) / (4 if codec == 2 else 1) + 1e-5
+    assert divergence[2] < 0.5 * divergence[1] and divergence[2] < 0.02 * eval(values) ** 2
 
 
 def header(path) -> dict:

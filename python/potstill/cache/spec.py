@@ -22,8 +22,8 @@ class Spec:
     vocab_size: columns of the teacher's head, 1 to 2**31 - 1; every id is below it.
     k: most entries of a row, 1 to min(65535, vocab_size); a row may have fewer.
     teacher, teacher_revision, tokenizer: names or hashes; empty when not known.
-    values: how log-probabilities are stored. "1/8", "1/16", "1/32", "1/64": on a grid of that many nat, off by at
-        most half of it; "bf16_logits": bit exact for bf16 logits given with their lse; "fp32", "fp16": as they are;
+    values: how log-probabilities are stored. "1/8", "1/16", "1/32", "1/64": on a grid of that many nat, moved in each
+        row to where it fits best, off by at most half of it; "bf16_logits": bit exact for bf16 logits given with their lse; "fp32", "fp16": as they are;
         "plain": fp16 and bit-packed ids, larger, and all that version 1.0 of the format knows.
     temperatures: log_rest is kept at 1 and at each of these; rows then need topk.log_rest_at[T].
     sampled: rows are draws, with topk.counts.
@@ -33,6 +33,8 @@ class Spec:
     template, dtype: hash or name of the chat template that the texts went through, and the dtype the teacher ran in;
         empty when not known.
     extra: any other JSON object: data set, length, ...
+    codec: 2, or 1 for what version 1.1 of the format reads: the same grid in every row, so a divergence nearly twice
+        as large. Always 0 with "plain".
 
     Raises ValueError for numbers out of range and TypeError for values that JSON cannot hold.
     """
@@ -50,6 +52,7 @@ class Spec:
     template: str = ""
     dtype: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    codec: int = 2
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "k"):
@@ -75,6 +78,9 @@ class Spec:
     def _check_layout(self) -> None:
         if self.values not in VALUES:
             raise ValueError(f"Spec.values is {self.values!r}, one of {', '.join(VALUES)} is accepted")
+        if self.codec not in (0, 1, 2) or isinstance(self.codec, bool):
+            raise ValueError(f"Spec.codec is {self.codec!r}, 1 or 2 is accepted")
+        object.__setattr__(self, "codec", 0 if self.values == "plain" else max(self.codec, 1))
         for name in ("sampled", "token_log_probs"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, True or False is accepted")
@@ -101,12 +107,14 @@ class Spec:
         stored = {k: v for k, v in asdict(self).items() if {**PLAIN, **LATER}.get(k, ...) != v}
         if self.columns:
             stored["columns"] = [column.to_dict() for column in self.columns]
+        if self.codec < 2:
+            del stored["codec"]
         return json.dumps(stored, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Spec:
         """The spec of a stored cache; names that this version does not know become part of extra."""
-        stored = {"values": "plain", **json.loads(text)}
+        stored = {"values": "plain", "codec": 1, **json.loads(text)}
         stored["columns"] = [Column.from_dict(column) for column in stored.get("columns", ())]
         known = {f.name for f in fields(cls)}
         unknown = {name: value for name, value in stored.items() if name not in known}

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::codec::dense::{Layout, Values, MAX_EXTRA, MAX_VOCAB as MAX_DENSE_VOCAB};
+use crate::codec::dense::{Layout, Values, MAX_EXTRA, MAX_VOCAB as MAX_DENSE_VOCAB, NUMBER, NUMBER_2};
 use crate::columns::{self, Column};
 
 /// A row holds at most this many entries (its count is a u16).
@@ -82,6 +82,12 @@ fn layout(fields: &Map<String, Value>, vocab_size: u32, k: u32) -> Result<Option
             false => Ok(None),
         };
     };
+    let codec = match fields.get("codec") {
+        None => NUMBER,
+        Some(value) if value.as_u64() == Some(u64::from(NUMBER_2)) => NUMBER_2,
+        Some(other) => return Err(format!("the spec's codec is {other}; 2, or none for codec 1, is accepted")),
+    };
+    let values = if codec == NUMBER { values } else { values.of_codec_2() };
     if vocab_size > MAX_DENSE_VOCAB {
         let what =
             format!("a vocabulary of {vocab_size}; at most {MAX_DENSE_VOCAB} is accepted unless values are plain");
@@ -90,7 +96,7 @@ fn layout(fields: &Map<String, Value>, vocab_size: u32, k: u32) -> Result<Option
     if extra > MAX_EXTRA {
         return Err(format!("{extra} further columns, at most {MAX_EXTRA} are accepted"));
     }
-    Ok(Some(Layout { values, vocab_size, k, extra, sampled }))
+    Ok(Some(Layout { codec, values, vocab_size, k, extra, sampled }))
 }
 
 impl Spec {

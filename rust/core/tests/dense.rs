@@ -21,7 +21,8 @@ struct Given {
 }
 
 fn layout(values: Values, extra: usize, sampled: bool) -> Layout {
-    Layout { values, vocab_size: VOCAB, k: K as u32, extra, sampled }
+    let codec = if let Values::Shifted { .. } = values { 2 } else { 1 };
+    Layout { codec, values, vocab_size: VOCAB, k: K as u32, extra, sampled }
 }
 
 impl Given {
@@ -111,6 +112,9 @@ fn any_case() -> impl Strategy<Value = (Layout, Given)> {
         Just(Values::Grid { per_nat: 8 }),
         Just(Values::Grid { per_nat: 16 }),
         Just(Values::Grid { per_nat: 64 }),
+        Just(Values::Shifted { per_nat: 8 }),
+        Just(Values::Shifted { per_nat: 16 }),
+        Just(Values::Shifted { per_nat: 64 }),
         Just(Values::Bf16Logits),
         Just(Values::Fp16),
         Just(Values::Fp32)

@@ -28,7 +28,7 @@ impl Declared {
     pub fn from_header(number: u16, params: &[u8], vocab_size: u32, k: u32) -> Result<Declared, String> {
         match number {
             plain::NUMBER => Ok(Declared::Plain(plain::Plain::from_params(params, vocab_size, k)?)),
-            dense::NUMBER => Ok(Declared::Dense(Params::decode(params, vocab_size, k)?)),
+            dense::NUMBER | dense::NUMBER_2 => Ok(Declared::Dense(Params::decode(number, params, vocab_size, k)?)),
             other => Err(format!("codec {other} is not known")),
         }
     }
@@ -75,7 +75,7 @@ impl Codec {
     pub fn number(&self) -> u16 {
         match self {
             Codec::Plain(_) => plain::NUMBER,
-            Codec::Dense(_) => dense::NUMBER,
+            Codec::Dense(c) => c.layout.codec,
         }
     }
 

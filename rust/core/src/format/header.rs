@@ -52,7 +52,7 @@ pub fn encode(spec: &Spec, codec: &Codec) -> Vec<u8> {
     out.extend_from_slice(&MAJOR.to_le_bytes());
     let (tables, columns) = (!codec.tables().is_empty(), !spec.columns.is_empty());
     // what an older version can read is written as that version
-    let minor: u16 = if columns { 2 } else { u16::from(tables) };
+    let minor = if columns { MINOR } else { codec.number().min(MINOR) };
     out.extend_from_slice(&minor.to_le_bytes());
     out.extend_from_slice(&(len as u32).to_le_bytes());
     let required = if tables { TABLES } else { 0 } | if columns { COLUMNS } else { 0 };

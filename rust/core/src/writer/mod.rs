@@ -255,16 +255,15 @@ impl Writer {
         let (Codec::Dense(dense), Some(open)) = (&self.codec, &self.open) else { return Ok(()) };
         let columns = &self.state.spec.columns;
         let sequences = open.coded(dense, columns)?;
-        let coded: Vec<Coded> = sequences.iter().map(|(_, coded, _)| coded.clone()).collect();
+        let (coded, further): (Vec<Coded>, Vec<_>) = sequences.into_iter().unzip();
         let Some(tables) = train(dense.layout, &coded) else { return Ok(()) };
-        drop(coded);
         let trained = Dense { layout: dense.layout, tables: Arc::new(tables) };
         let codec = Codec::Dense(trained.clone());
         let mut smaller = OpenShard::create(&open_dir(&self.root), &self.state.spec, &codec)?;
-        for ((key, coded, further), old) in sequences.iter().zip(open.sequences()) {
+        for ((coded, further), old) in coded.iter().zip(&further).zip(open.sequences()) {
             let bytes = further.slices();
             let values = Values { columns, bytes: &bytes };
-            let encoded = encode_dense(key, coded, old.content_hash, &trained, values, smaller.next_block());
+            let encoded = encode_dense(&old.key, coded, old.content_hash, &trained, values, smaller.next_block());
             if let Err(e) = smaller.append(encoded) {
                 let _ = fs::remove_file(&smaller.path);
                 return Err(e);

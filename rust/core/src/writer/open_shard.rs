@@ -81,7 +81,7 @@ impl OpenShard {
     }
 
     /// Reads back every sequence as codes, and its further columns.
-    pub fn coded(&self, dense: &Dense, columns: &[Column]) -> Result<Vec<(String, Coded, Collected)>> {
+    pub fn coded(&self, dense: &Dense, columns: &[Column]) -> Result<Vec<(Coded, Collected)>> {
         let file = self.file.try_clone().map_err(Error::io("read", &self.path))?;
         let source = FileSource::from_file(file).map_err(Error::io("read", &self.path))?;
         let (mut found, mut bytes) = (Vec::new(), Vec::new());
@@ -100,7 +100,7 @@ impl OpenShard {
                 }
                 at += u64::from(entry.len);
             }
-            found.push((sequence.key.clone(), whole, further));
+            found.push((whole, further));
         }
         Ok(found)
     }

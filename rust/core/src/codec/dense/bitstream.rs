@@ -4,41 +4,55 @@
 /// Bytes behind a stream that a window may touch.
 pub const SLACK: usize = 8;
 
+/// Bytes that one `put` may touch behind the stream.
+const REACH: usize = 8;
+
+/// Writes whole words and moves on by what is in them, so that no put depends on how full the last byte is.
 #[derive(Default)]
 pub struct BitWriter {
-    pub bytes: Vec<u8>,
+    /// The stream, and room behind it.
+    bytes: Vec<u8>,
+    /// The byte that holds the next bit.
+    at: usize,
     word: u64,
     fill: u32,
 }
 
 impl BitWriter {
-    /// Appends the lowest `bits` (at most 32) of a value that has no others.
+    /// Makes room for so many bits; puts beyond it make their own.
     #[inline]
-    pub fn put(&mut self, value: u32, bits: u32) {
-        debug_assert!(bits <= 32 && u64::from(value) >> bits == 0);
-        self.word |= u64::from(value) << self.fill;
-        self.fill += bits;
-        if self.fill >= 32 {
-            self.bytes.extend_from_slice(&(self.word as u32).to_le_bytes());
-            self.word >>= 32;
-            self.fill -= 32;
+    pub fn reserve(&mut self, bits: usize) {
+        let end = self.at + bits / 8 + 2 * REACH;
+        if self.bytes.len() < end {
+            self.bytes.resize(end.max(2 * self.bytes.len()), 0);
         }
     }
 
-    /// Fills the last byte with zeros; the stream's length in bits.
-    pub fn finish(&mut self) -> usize {
-        let bits = self.bytes.len() * 8 + self.fill as usize;
-        let tail = self.fill.div_ceil(8) as usize;
-        self.bytes.extend_from_slice(&self.word.to_le_bytes()[..tail]);
-        self.word = 0;
-        self.fill = 0;
-        bits
+    /// Appends the lowest `bits` (at most 56) of a value that has no others.
+    #[inline(always)]
+    pub fn put(&mut self, value: u64, bits: u32) {
+        debug_assert!(bits <= 56 && value >> bits == 0);
+        self.word |= value << self.fill;
+        self.fill += bits;
+        loop {
+            if let Some(slot) = self.bytes.get_mut(self.at..).and_then(|rest| rest.first_chunk_mut::<REACH>()) {
+                *slot = self.word.to_le_bytes();
+                break;
+            }
+            self.reserve(0);
+        }
+        self.at += self.fill as usize / 8;
+        self.word >>= self.fill & !7;
+        self.fill %= 8;
+    }
+
+    /// Ends the stream with the byte that holds its last bit; its bytes.
+    pub fn finish(&self) -> &[u8] {
+        &self.bytes[..self.at + usize::from(self.fill > 0)]
     }
 
     pub fn clear(&mut self) {
-        self.bytes.clear();
-        self.word = 0;
-        self.fill = 0;
+        (self.at, self.word, self.fill) = (0, 0, 0);
     }
 }
 
@@ -108,12 +122,14 @@ mod tests {
             let mut writer = BitWriter::default();
             let cut = |(v, b): &(u32, u32)| (u64::from(*v) & ((1u64 << b) - 1)) as u32;
             for pair in &values {
-                writer.put(cut(pair), pair.1);
+                writer.put(u64::from(cut(pair)), pair.1);
             }
-            let bits = writer.finish();
-            let len = writer.bytes.len();
-            writer.bytes.extend([0xff; SLACK]);
-            let mut reader = BitReader::new(&writer.bytes);
+            let bits = values.iter().map(|(_, b)| *b as usize).sum::<usize>();
+            let mut bytes = writer.finish().to_vec();
+            let len = bytes.len();
+            prop_assert_eq!(len, bits.div_ceil(8));
+            bytes.extend([0xff; SLACK]);
+            let mut reader = BitReader::new(&bytes);
             for pair in &values {
                 prop_assert_eq!(reader.take(pair.1), Some(cut(pair)));
             }

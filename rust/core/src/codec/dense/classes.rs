@@ -33,6 +33,15 @@ impl ClassCode {
         self.bases.iter().map(|b| usize::from(*b <= value)).sum::<usize>() - 1
     }
 
+    /// Writes plus + the class of each value from 0 on.
+    pub fn fill(&self, classes: &mut [u8], plus: u8) {
+        for c in 0..CLASSES {
+            let first = (self.bases[c] as usize).min(classes.len());
+            let end = (u64::from(self.bases[c]) + (1 << self.widths[c])).min(classes.len() as u64) as usize;
+            classes[first..end].fill(c as u8 + plus);
+        }
+    }
+
     /// Widths that grow evenly until they hold every value below `bound`.
     pub fn even(bound: u64) -> ClassCode {
         let top = bits(bound);

@@ -1,9 +1,9 @@
 //! Rows as codes, before ids become ranks: what the content hash is taken of.
 
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::Xxh3Default;
 
-use super::values::{grid_code, grid_value, Values};
-use super::Layout;
+use super::values::{best_shift, grid_code, grid_value, shifted_value, Values, SHIFTS};
+use super::{widest, Layout};
 use crate::rows::Rows;
 
 /// Rows of one sequence, or of one block; entries of a row by code, equal codes by id.
@@ -20,29 +20,36 @@ pub struct Coded {
     pub rests: Vec<u32>,
     /// fp32 bits of the log-sum-exp; empty unless the layout has it.
     pub lse: Vec<u32>,
+    /// How far each row's grid is moved, in eighths of a step; empty unless the layout has it.
+    pub shifts: Vec<u32>,
 }
 
 /// On a grid 0 is a probability of zero; otherwise the bits of the fp32 number.
 pub fn rest_code(values: Values, log_rest: f32) -> u32 {
-    match values {
-        Values::Grid { .. } if log_rest == f32::NEG_INFINITY => 0,
-        Values::Grid { per_nat } => 1 + grid_code(log_rest, f32::from(per_nat)),
-        _ => (log_rest.min(0.0) + 0.0).to_bits(),
+    match values.rest_grid() {
+        Some(_) if log_rest == f32::NEG_INFINITY => 0,
+        Some(per_nat) => 1 + grid_code(log_rest, per_nat, 0.0),
+        None => (log_rest.min(0.0) + 0.0).to_bits(),
     }
 }
 
 #[inline]
 pub fn rest_value(values: Values, code: u32) -> f32 {
-    match values {
-        Values::Grid { .. } if code == 0 => f32::NEG_INFINITY,
-        Values::Grid { per_nat } => grid_value(code - 1, 1.0 / f32::from(per_nat)),
-        _ => f32::from_bits(code),
+    match values.rest_grid() {
+        Some(_) if code == 0 => f32::NEG_INFINITY,
+        Some(per_nat) => grid_value(code - 1, 1.0 / per_nat),
+        None => f32::from_bits(code),
     }
 }
 
 impl Coded {
     /// Codes of checked rows of `counts` entries. Refuses, with the row, what the values cannot hold within their bound.
     pub fn new(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, (usize, String)> {
+        widest::coded(layout, rows, counts)
+    }
+
+    #[inline(always)]
+    pub(super) fn build(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, (usize, String)> {
         let (n, values) = (rows.len(), layout.values);
         let total: usize = counts.iter().map(|c| usize::from(*c)).sum();
         let mut coded = Coded {
@@ -53,21 +60,26 @@ impl Coded {
             rests: Vec::with_capacity(n * (1 + layout.extra)),
             ..Coded::default()
         };
-        let (nat, part) = values.error_bound();
+        let shifted = if let Values::Shifted { per_nat } = values { Some(f32::from(per_nat)) } else { None };
         for (i, count) in counts.iter().enumerate() {
             let (ids, log_probs) = rows.row(i);
             let (ids, log_probs) = (&ids[..usize::from(*count)], &log_probs[..usize::from(*count)]);
-            let lse = rows.lse.get(i).copied().unwrap_or(0.0);
+            let mut by = rows.lse.get(i).copied().unwrap_or(0.0);
+            if let Some(per_nat) = shifted {
+                let shift = best_shift(log_probs, per_nat);
+                coded.shifts.push(shift);
+                by = shift as f32;
+            }
             let start = coded.codes.len();
             coded.ids.extend(ids.iter().map(|id| *id as u32));
-            coded.codes.extend(log_probs.iter().map(|lp| values.code(*lp, lse)));
-            check_error(values, lse, log_probs, &coded.codes[start..], nat, part).map_err(|what| (i, what))?;
+            append_codes(values, by, log_probs, &mut coded.codes);
+            check_error(values, by, log_probs, &coded.codes[start..]).map_err(|what| (i, what))?;
             if layout.sampled {
                 coded.draws.extend(rows.draws[i * rows.k..][..usize::from(*count)].iter().map(|d| (*d - 1) as u32));
                 let draws = &mut coded.draws[start..];
                 sort_ties(&coded.codes[start..], &mut coded.ids[start..], |a, b| draws.swap(a, b));
             } else {
-                sort_ties(&coded.codes[start..], &mut coded.ids[start..], |_, _| ());
+                widest::sort_ties(&coded.codes[start..], &mut coded.ids[start..]);
             }
             coded.rests.push(rest_code(values, rows.log_rest[i]));
             let extra = &rows.extra[i * layout.extra..(i + 1) * layout.extra];
@@ -79,15 +91,28 @@ impl Coded {
         Ok(coded)
     }
 
+    /// The first code of row i, of these codes, as it is stored: with a shifted grid the shift stands below it.
+    #[inline(always)]
+    pub fn first_code(&self, i: usize, codes: &[u32]) -> u32 {
+        let first = codes.first().copied().unwrap_or(0);
+        self.shifts.get(i).map_or(first, |shift| first * SHIFTS + shift)
+    }
+
     /// The content hash: xxh3-128 over the columns as u32, in the order of the fields.
     pub fn hash(&self) -> u128 {
-        let columns = [&self.tokens, &self.ids, &self.codes, &self.draws, &self.rests, &self.lse];
-        let size = self.counts.len() + columns.iter().map(|c| c.len()).sum::<usize>();
-        let mut bytes = Vec::with_capacity(size * 4);
-        put(&mut bytes, &self.tokens);
-        bytes.extend(self.counts.iter().flat_map(|c| u32::from(*c).to_le_bytes()));
-        columns[1..].iter().for_each(|column| put(&mut bytes, column));
-        xxh3_128(&bytes)
+        const PART: usize = 1024; // stays in the first-level cache
+        let counts: Vec<u32> = self.counts.iter().map(|c| u32::from(*c)).collect();
+        let columns =
+            [&self.tokens, &counts, &self.ids, &self.codes, &self.draws, &self.rests, &self.lse, &self.shifts];
+        let mut hash = Xxh3Default::new();
+        let mut bytes = [0u8; 4 * PART];
+        for part in columns.into_iter().flat_map(|column| column.chunks(PART)) {
+            for (slot, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(part) {
+                *slot = word.to_le_bytes();
+            }
+            hash.update(&bytes[..part.len() * 4]);
+        }
+        hash.digest128()
     }
 
     /// Appends the rows of the next block of a sequence.
@@ -99,34 +124,52 @@ impl Coded {
         self.draws.extend_from_slice(&other.draws);
         self.rests.extend_from_slice(&other.rests);
         self.lse.extend_from_slice(&other.lse);
+        self.shifts.extend_from_slice(&other.shifts);
     }
 }
 
-fn put(bytes: &mut Vec<u8>, column: &[u32]) {
-    let start = bytes.len();
-    bytes.resize(start + column.len() * 4, 0);
-    for (word, value) in bytes[start..].chunks_exact_mut(4).zip(column) {
-        word.copy_from_slice(&value.to_le_bytes());
+#[inline(always)]
+fn append_codes(values: Values, by: f32, log_probs: &[f32], codes: &mut Vec<u32>) {
+    match values {
+        Values::Grid { per_nat } => {
+            let per_nat = f32::from(per_nat);
+            codes.extend(log_probs.iter().map(|lp| grid_code(*lp, per_nat, 0.0)));
+        }
+        Values::Shifted { per_nat } => {
+            let (per_nat, shift) = (f32::from(per_nat), by / SHIFTS as f32);
+            codes.extend(log_probs.iter().map(|lp| grid_code(*lp, per_nat, shift)));
+        }
+        _ => codes.extend(log_probs.iter().map(|lp| values.code(*lp, by))),
     }
 }
 
 // the promise of the format, kept entry by entry: what a reader gets is within the bound of what was given
-fn check_error(values: Values, lse: f32, given: &[f32], codes: &[u32], nat: f32, part: f32) -> Result<(), String> {
-    let bad = |lp: f32, code: u32| {
-        let back = values.value(code, lse);
+#[inline(always)]
+fn check_error(values: Values, by: f32, given: &[f32], codes: &[u32]) -> Result<(), String> {
+    let (nat, part) = values.error_bound();
+    // far below every float's smallest probability values saturate
+    let saturates = values != Values::Bf16Logits;
+    let off = |lp: f32, back: f32| {
         let bound = nat - part * lp.min(0.0) + lp.max(0.0);
-        // written so that NaN is bad; far below every float's smallest probability values saturate
-        !(back == lp || (back - lp).abs() <= bound || (lp < -1000.0 && back <= -1000.0 && values != Values::Bf16Logits))
+        let far = (lp < -1000.0) & (back <= -1000.0) & saturates;
+        !((back == lp) | ((back - lp).abs() <= bound) | far) // NaN is off
     };
-    let any = given.iter().zip(codes).fold(false, |any, (lp, code)| any | bad(*lp, *code));
+    let pairs = || given.iter().zip(codes);
+    let any = match values {
+        Values::Grid { per_nat } | Values::Shifted { per_nat } => {
+            let step = 1.0 / f32::from(per_nat);
+            pairs().fold(false, |any, (lp, code)| any | off(*lp, shifted_value(*code, by, step)))
+        }
+        _ => pairs().fold(false, |any, (lp, code)| any | off(*lp, values.value(*code, by))),
+    };
     if !any {
         return Ok(());
     }
-    let j = given.iter().zip(codes).position(|(lp, code)| bad(*lp, *code)).unwrap_or(0);
-    let back = values.value(codes[j], lse);
+    let j = pairs().position(|(lp, code)| off(*lp, values.value(*code, by))).unwrap_or(0);
+    let back = values.value(codes[j], by);
     Err(match values {
         Values::Bf16Logits => format!(
-            "entry {j}: log_prob {} + lse {lse} is no bf16 logit (the nearest gives {back}); values=\"bf16_logits\" \
+            "entry {j}: log_prob {} + lse {by} is no bf16 logit (the nearest gives {back}); values=\"bf16_logits\" \
              takes rows of bf16 logits with their lse, other rows need other values",
             given[j]
         ),

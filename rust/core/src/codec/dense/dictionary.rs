@@ -72,16 +72,15 @@ impl Dictionary {
                     stream.put(0, 32);
                 }
                 let zeros = (distance >> shift) % 32;
-                stream.put(0, zeros);
-                stream.put(1, 1);
-                stream.put(distance & ((1 << shift) - 1), shift);
+                let low = u64::from(distance & ((1 << shift) - 1));
+                stream.put((1 | low << 1) << zeros, zeros + 1 + shift);
                 next = id + 1;
             }
-            stream.finish();
+            let stream = stream.finish().to_vec();
             out.extend_from_slice(&(ids.len() as u32).to_le_bytes());
             out.extend_from_slice(&shift.to_le_bytes());
-            out.extend_from_slice(&(stream.bytes.len() as u32).to_le_bytes());
-            streams.push(stream.bytes);
+            out.extend_from_slice(&(stream.len() as u32).to_le_bytes());
+            streams.push(stream);
             start = *end as usize;
         }
         streams.iter().for_each(|s| out.extend_from_slice(s));

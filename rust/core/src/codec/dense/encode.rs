@@ -1,4 +1,4 @@
-//! Rows to a payload; `decode.rs` reads it back.
+//! Rows to a payload; `decode` reads it back.
 //!
 //! ragged u8, zero x 3 | bytes of the three streams, u32 each | row words, padded to 8 | raw codes, padded to 8
 //! | nibbles | differences | raw bits | 8 zero bytes
@@ -6,47 +6,43 @@
 use std::cell::RefCell;
 
 use super::bitstream::{BitWriter, SLACK};
-use super::classes::ClassCode;
+use super::classes::{ClassCode, CLASSES};
 use super::coded::{sort_ties, Coded};
-use super::tables::{Tables, COUNT, EXTRA, FIRST, RANK, REST, STEP, TOKEN};
-use super::{Dense, Values};
+use super::prefix::{PrefixCode, ESCAPE_BITS};
+use super::tables::{Tables, COUNT, EXTRA, FIRST, REST, TOKEN};
+use super::{widest, Dense};
 use crate::bytes::pad;
 
+/// Bits that the columns of a row may take beside its entries, for each of them.
+const COLUMN_BITS: usize = 32;
+
 #[derive(Default)]
-struct Streams {
-    nibbles: Vec<u8>,
-    nibble_count: usize,
+pub struct Streams {
+    /// One a byte until the block is whole.
+    pub nibbles: Vec<u8>,
     differences: BitWriter,
-    raw: BitWriter,
+    pub raw: BitWriter,
     /// Ranks of the row's entries, in stored order, and of the row before.
-    ranks: Vec<u32>,
+    pub ranks: Vec<u32>,
     before: Vec<u32>,
+    draws: Vec<u32>,
+    words: Vec<u8>,
 }
 
 impl Streams {
     fn clear(&mut self) {
         self.nibbles.clear();
-        self.nibble_count = 0;
         self.differences.clear();
         self.raw.clear();
         self.before.clear();
+        self.words.clear();
     }
 
-    #[inline]
-    fn nibble(&mut self, class: usize) {
-        if self.nibble_count.is_multiple_of(2) {
-            self.nibbles.push(class as u8);
-        } else if let Some(last) = self.nibbles.last_mut() {
-            *last |= (class as u8) << 4;
-        }
-        self.nibble_count += 1;
-    }
-
-    #[inline]
+    #[inline(always)]
     fn put(&mut self, code: &ClassCode, value: u32) {
         let class = code.class_of(value);
-        self.nibble(class);
-        self.raw.put(value - code.bases[class], u32::from(code.widths[class]));
+        self.nibbles.push(class as u8);
+        self.raw.put(u64::from(value - code.bases[class]), u32::from(code.widths[class]));
     }
 }
 
@@ -55,6 +51,7 @@ thread_local! {
 }
 
 /// A token as its place in the row before, as a rank, or as itself: `before` holds the ranks of that row.
+#[inline(always)]
 pub fn token_value(token: u32, before: &[u32], tables: &Tables, k: u32) -> u32 {
     let Some(rank) = tables.dictionary.rank_of.get(token as usize) else { return k + token };
     let hits = before.iter().fold(false, |any, r| any | (r == rank));
@@ -65,11 +62,12 @@ pub fn token_value(token: u32, before: &[u32], tables: &Tables, k: u32) -> u32 {
 }
 
 /// Ranks of a row's entries, equal codes by rank. Draws move with them.
+#[inline(always)]
 pub fn rank_row(tables: &Tables, codes: &[u32], ids: &[u32], ranks: &mut Vec<u32>, draws: &mut [u32]) {
     ranks.clear();
     ranks.extend(ids.iter().map(|id| tables.dictionary.rank_of[*id as usize]));
     if draws.is_empty() {
-        sort_ties(codes, ranks, |_, _| ());
+        widest::sort_ties(codes, ranks);
     } else {
         sort_ties(codes, ranks, |a, b| draws.swap(a, b));
     }
@@ -78,77 +76,170 @@ pub fn rank_row(tables: &Tables, codes: &[u32], ids: &[u32], ranks: &mut Vec<u32
 pub fn block(dense: &Dense, coded: &Coded, first: usize, end: usize, entry: usize, out: &mut Vec<u8>) {
     STREAMS.with_borrow_mut(|streams| {
         streams.clear();
-        encode(dense, coded, first, end, entry, streams, out);
+        let entries = widest::encode(dense, coded, first..end, entry, streams);
+        finish(dense, coded, first..end, entry..entry + entries, streams, out);
     });
 }
 
-fn encode(
+/// Fills the streams with rows whose entries begin at `entry`; how many they have.
+#[inline(always)]
+pub fn rows<P: Put>(
     dense: &Dense,
     coded: &Coded,
-    first: usize,
-    end: usize,
+    range: std::ops::Range<usize>,
     entry: usize,
     streams: &mut Streams,
-    out: &mut Vec<u8>,
-) {
+) -> usize {
     let (layout, tables) = (&dense.layout, &*dense.tables);
     let (k, rests) = (layout.k, 1 + layout.extra);
-    let ragged = coded.counts[first..end].iter().any(|c| u32::from(*c) != k);
-    let mut words = Vec::with_capacity((end - first) * layout.words() * 4);
-    let (mut at, mut draws) = (entry, Vec::new());
-    for row in first..end {
+    let ragged = is_ragged(coded, range.clone(), k);
+    let mut at = entry;
+    for row in range {
         let n = usize::from(coded.counts[row]);
         let (ids, codes) = (&coded.ids[at..at + n], &coded.codes[at..at + n]);
+        streams.draws.clear();
         if layout.sampled {
-            draws.clear();
-            draws.extend_from_slice(&coded.draws[at..at + n]);
+            streams.draws.extend_from_slice(&coded.draws[at..at + n]);
         }
-        let mut ranks = std::mem::take(&mut streams.ranks);
-        rank_row(tables, codes, ids, &mut ranks, &mut draws);
+        rank_row(tables, codes, ids, &mut streams.ranks, &mut streams.draws);
         let token = token_value(coded.tokens[row], &streams.before, tables, k);
+        streams.raw.reserve(n * COLUMN_BITS + (3 + rests) * COLUMN_BITS);
         streams.put(&tables.classes[TOKEN], token);
         if ragged {
             streams.put(&tables.classes[COUNT], k - n as u32);
         }
         if layout.values.by_difference() {
-            streams.put(&tables.classes[FIRST], codes.first().copied().unwrap_or(0));
+            streams.put(&tables.classes[FIRST], coded.first_code(row, codes));
         }
         let row_rests = &coded.rests[row * rests..(row + 1) * rests];
-        if let Values::Grid { .. } = layout.values {
+        if layout.values.rest_grid().is_some() {
             streams.put(&tables.classes[REST], row_rests[0]);
             row_rests[1..].iter().for_each(|r| streams.put(&tables.classes[EXTRA], *r));
         } else {
-            words.extend(coded.lse.get(row).iter().flat_map(|l| l.to_le_bytes()));
-            words.extend(row_rests.iter().flat_map(|r| r.to_le_bytes()));
+            streams.words.extend(coded.lse.get(row).iter().flat_map(|l| l.to_le_bytes()));
+            streams.words.extend(row_rests.iter().flat_map(|r| r.to_le_bytes()));
         }
         if layout.values.by_difference() {
-            codes.windows(2).for_each(|w| tables.codes.put(w[1] - w[0], &mut streams.differences));
+            streams.differences.reserve(codes.len() * COLUMN_BITS);
+            P::differences(&tables.codes, codes, &mut streams.differences);
         }
-        for j in 0..n {
-            if j > 0 && codes[j] == codes[j - 1] {
-                streams.put(&tables.classes[STEP], ranks[j] - ranks[j - 1] - 1);
-            } else {
-                streams.put(&tables.classes[RANK], ranks[j]);
-            }
-        }
-        draws.iter().for_each(|d| tables.draws.put(*d, &mut streams.raw));
-        streams.ranks = std::mem::replace(&mut streams.before, ranks);
+        P::ids(tables, codes, streams);
+        streams.raw.reserve(streams.draws.len() * COLUMN_BITS);
+        streams.draws.iter().for_each(|d| tables.draws.put(*d, &mut streams.raw));
+        std::mem::swap(&mut streams.ranks, &mut streams.before);
         at += n;
     }
-    streams.differences.finish();
-    streams.raw.finish();
-    out.extend_from_slice(&[u8::from(ragged), 0, 0, 0]);
-    for len in [streams.nibbles.len(), streams.differences.bytes.len(), streams.raw.bytes.len()] {
+    at - entry
+}
+
+/// How the entries of a row are put into their streams.
+pub trait Put {
+    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter);
+    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams);
+}
+
+/// One or two at a time.
+pub struct Plain;
+
+impl Put for Plain {
+    #[inline(always)]
+    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter) {
+        differences(prefix, codes, out);
+    }
+
+    #[inline(always)]
+    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams) {
+        put_ids(tables, codes, 0, streams);
+    }
+}
+
+/// Four numbers of at most 11 bits, or one with an escape, go in at once.
+#[inline(always)]
+pub fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter) {
+    let Some((_, later)) = codes.split_first() else { return };
+    let (before, rest) = codes[..later.len()].as_chunks::<4>();
+    let (groups, last) = later.as_chunks::<4>();
+    for (before, group) in before.iter().zip(groups) {
+        let parts = [0, 1, 2, 3].map(|i| prefix.bits_of(group[i] - before[i]));
+        if parts.iter().any(|(_, length)| *length > ESCAPE_BITS) {
+            parts.iter().for_each(|(bits, length)| out.put(*bits, *length));
+            continue;
+        }
+        let (mut bits, mut length) = (0, 0);
+        for part in parts {
+            bits |= part.0 << length;
+            length += part.1;
+        }
+        out.put(bits, length);
+    }
+    for (before, code) in rest.iter().zip(last) {
+        prefix.put(code - before, out);
+    }
+}
+
+/// Entries from `from` on: ranks, and steps from the rank before where the codes are equal, two of them at once.
+#[inline(always)]
+pub fn put_ids(tables: &Tables, codes: &[u32], from: usize, streams: &mut Streams) {
+    let (mut before, mut code) = match from.checked_sub(1) {
+        Some(last) => (streams.ranks[last], codes[last]),
+        None => (0, u32::MAX),
+    };
+    let (ranks, codes, classes) = (&streams.ranks[from..], &codes[from..], tables.class_of_id());
+    let v = tables.dictionary.id_of.len() as u32;
+    let start = streams.nibbles.len();
+    streams.nibbles.resize(start + ranks.len(), 0);
+    let nibbles = &mut streams.nibbles[start..];
+    let mut part = |rank: u32, next: u32, nibble: &mut u8| -> (u64, u32) {
+        let tie = 0u32.wrapping_sub(u32::from(next == code));
+        let value = rank - (before & tie);
+        (before, code) = (rank, next);
+        let class = classes[(value + (v & tie)) as usize];
+        *nibble = class % CLASSES as u8;
+        let class = &tables.ranks[usize::from(class)];
+        (u64::from(value - class.base), class.width)
+    };
+    let (pairs, last) = ranks.as_chunks::<2>();
+    let (nibbles, last_nibble) = nibbles.as_chunks_mut::<2>();
+    let (codes, last_code) = codes.as_chunks::<2>();
+    for ((pair, nibble), code) in pairs.iter().zip(nibbles).zip(codes) {
+        let one = part(pair[0], code[0], &mut nibble[0]);
+        let two = part(pair[1], code[1], &mut nibble[1]);
+        streams.raw.put(one.0 | two.0 << one.1, one.1 + two.1);
+    }
+    for ((rank, nibble), code) in last.iter().zip(last_nibble).zip(last_code) {
+        let one = part(*rank, *code, nibble);
+        streams.raw.put(one.0, one.1);
+    }
+}
+
+fn is_ragged(coded: &Coded, range: std::ops::Range<usize>, k: u32) -> bool {
+    coded.counts[range].iter().any(|c| u32::from(*c) != k)
+}
+
+fn finish(
+    dense: &Dense,
+    coded: &Coded,
+    range: std::ops::Range<usize>,
+    entries: std::ops::Range<usize>,
+    streams: &Streams,
+    out: &mut Vec<u8>,
+) {
+    let layout = &dense.layout;
+    let (differences, raw) = (streams.differences.finish(), streams.raw.finish());
+    out.extend_from_slice(&[u8::from(is_ragged(coded, range, layout.k)), 0, 0, 0]);
+    for len in [streams.nibbles.len().div_ceil(2), differences.len(), raw.len()] {
         out.extend_from_slice(&(len as u32).to_le_bytes());
     }
-    out.extend_from_slice(&words);
+    out.extend_from_slice(&streams.words);
     pad(out);
-    for code in coded.codes[entry..at].iter().filter(|_| layout.code_bytes() > 0) {
-        out.extend_from_slice(&code.to_le_bytes()[..layout.code_bytes()]);
+    if layout.code_bytes() > 0 {
+        coded.codes[entries].iter().for_each(|c| out.extend_from_slice(&c.to_le_bytes()[..layout.code_bytes()]));
     }
     pad(out);
-    out.extend_from_slice(&streams.nibbles);
-    out.extend_from_slice(&streams.differences.bytes);
-    out.extend_from_slice(&streams.raw.bytes);
+    let (pairs, last) = streams.nibbles.as_chunks::<2>();
+    out.extend(pairs.iter().map(|[low, high]| low | high << 4));
+    out.extend_from_slice(last);
+    out.extend_from_slice(differences);
+    out.extend_from_slice(raw);
     out.extend_from_slice(&[0; SLACK]);
 }

@@ -1,4 +1,4 @@
-//! Codec 1: ids as frequency ranks in class codes, log-probabilities as differences in a prefix code. `docs/format.md` states it.
+//! Codecs 1 and 2: ids as frequency ranks in class codes, log-probabilities as differences in a prefix code. `docs/format.md` states it.
 
 pub mod bitstream;
 pub mod classes;
@@ -25,6 +25,8 @@ use crate::bytes::Cursor;
 use crate::rows::RowsMut;
 
 pub const NUMBER: u16 = 1;
+/// As codec 1, with a grid that each row moves and finer rests.
+pub const NUMBER_2: u16 = 2;
 /// Ids become ranks by a table in memory.
 pub const MAX_VOCAB: u32 = 1 << 22;
 /// Further log-probability columns of a row.
@@ -34,6 +36,8 @@ const PARAMS: usize = 32;
 /// What a row holds, from the spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
+    /// 1 or 2.
+    pub codec: u16,
     pub values: Values,
     pub vocab_size: u32,
     pub k: u32,
@@ -53,20 +57,22 @@ impl Layout {
         out.extend_from_slice(&[0; 2]);
     }
 
-    pub fn decode(cursor: &mut Cursor<'_>, vocab_size: u32, k: u32) -> Result<Layout, String> {
+    pub fn decode(codec: u16, cursor: &mut Cursor<'_>, vocab_size: u32, k: u32) -> Result<Layout, String> {
         let (kind, sampled, per_nat) = (cursor.u8()?, cursor.u8()?, cursor.u16()?);
         let extra = usize::from(cursor.u16()?);
         cursor.zeros(2)?;
         if sampled > 1 || extra > MAX_EXTRA || vocab_size > MAX_VOCAB {
             return Err(format!("sampled {sampled}, {extra} further columns and a vocabulary of {vocab_size}"));
         }
-        Ok(Layout { values: Values::from_numbers(kind, per_nat)?, vocab_size, k, extra, sampled: sampled == 1 })
+        let values = Values::from_numbers(kind, per_nat)?;
+        let values = if codec == NUMBER { values } else { values.of_codec_2() };
+        Ok(Layout { codec, values, vocab_size, k, extra, sampled: sampled == 1 })
     }
 
     /// Words of 4 bytes that each row has beside the streams.
     fn words(&self) -> usize {
         match self.values {
-            Values::Grid { .. } => 0,
+            Values::Grid { .. } | Values::Shifted { .. } => 0,
             Values::Bf16Logits => 2 + self.extra,
             Values::Fp16 | Values::Fp32 => 1 + self.extra,
         }
@@ -75,7 +81,7 @@ impl Layout {
     /// Bytes of an entry's code beside the streams.
     fn code_bytes(&self) -> usize {
         match self.values {
-            Values::Grid { .. } | Values::Bf16Logits => 0,
+            Values::Grid { .. } | Values::Shifted { .. } | Values::Bf16Logits => 0,
             Values::Fp16 => 2,
             Values::Fp32 => 4,
         }
@@ -104,9 +110,9 @@ impl Params {
         out
     }
 
-    pub fn decode(bytes: &[u8], vocab_size: u32, k: u32) -> Result<Params, String> {
+    pub fn decode(codec: u16, bytes: &[u8], vocab_size: u32, k: u32) -> Result<Params, String> {
         let mut cursor = Cursor::new(bytes);
-        let layout = Layout::decode(&mut cursor, vocab_size, k)?;
+        let layout = Layout::decode(codec, &mut cursor, vocab_size, k)?;
         let tables_len = cursor.u32()? as usize;
         cursor.zeros(4)?;
         let (tables_sum, trained) = (cursor.u64()?, cursor.u64()?);

@@ -9,38 +9,49 @@ pub const MAX_LENGTH: u32 = 11;
 pub const ESCAPE_BITS: u32 = 16;
 const WINDOW: usize = 1 << MAX_LENGTH;
 /// Bits of a look-up that gives several numbers, so that its table stays in the first-level cache.
-const RUN_BITS: u32 = 10;
+pub const RUN_BITS: u32 = 11;
+const RUNS: usize = 1 << RUN_BITS;
 /// Numbers that one look-up gives at most.
-const LANES: usize = 6;
+pub const LANES: usize = 6;
 
 #[derive(Clone)]
 pub struct PrefixCode {
     pub lengths: [u8; SYMBOLS],
-    codes: [u16; SYMBOLS],
+    /// By symbol: code | length << 16.
+    codes: [u32; SYMBOLS],
     /// By window: symbol | length << 8.
     single: Vec<u16>,
-    many: Box<[Run; 1 << RUN_BITS]>,
+    many: Box<[Run; RUNS]>,
+    /// By window: 4 bits for each number of its run, the bits up to its end.
+    ends: Box<[u32; RUNS]>,
 }
 
-/// What one look-up gives: running sums, then how many and their bits. Count 0 is an escape or a long code.
+/// What one look-up gives: 6 running sums and the last one again in a byte each, then 4 bits of length and 4 of how many.
+/// None at all is an escape.
 #[derive(Clone, Copy, Default)]
-#[repr(align(16))]
-pub struct Run(pub [u16; 8]);
+#[repr(align(8))]
+pub struct Run([u8; 8]);
 
 impl Run {
     #[inline(always)]
-    pub fn count(self) -> usize {
-        usize::from(self.0[6])
+    pub fn count(&self) -> usize {
+        usize::from(self.0[7] >> 4)
     }
 
     #[inline(always)]
-    pub fn length(self) -> usize {
+    pub fn length(&self) -> usize {
         usize::from(self.0[7] & 15)
     }
 
     #[inline(always)]
-    pub fn total(self) -> u32 {
-        u32::from(self.0[7] >> 4)
+    pub fn total(&self) -> u32 {
+        u32::from(self.0[6])
+    }
+
+    /// Running sums; those behind the count are of no meaning.
+    #[inline(always)]
+    pub fn sums(&self) -> &[u8; 8] {
+        &self.0
     }
 }
 
@@ -50,22 +61,24 @@ impl PrefixCode {
         if space != WINDOW || lengths.iter().any(|l| u32::from(*l) > MAX_LENGTH) {
             return Err(format!("code lengths {lengths:?} do not make a whole code of at most {MAX_LENGTH} bits"));
         }
-        let mut codes = [0u16; SYMBOLS];
+        let mut codes = [0u32; SYMBOLS];
         let mut single = vec![0u16; WINDOW];
         let mut next = 0usize; // the next code, in the highest of 11 bits
         for length in 1..=MAX_LENGTH as u8 {
             for symbol in (0..SYMBOLS).filter(|s| lengths[*s] == length) {
                 let reversed = (next as u16).reverse_bits() >> (16 - MAX_LENGTH);
-                codes[symbol] = reversed;
+                codes[symbol] = u32::from(reversed) | u32::from(length) << 16;
                 for window in (usize::from(reversed)..WINDOW).step_by(1 << length) {
                     single[window] = symbol as u16 | u16::from(length) << 8;
                 }
                 next += WINDOW >> length;
             }
         }
-        let mut many = Box::new([Run::default(); 1 << RUN_BITS]);
-        many.iter_mut().enumerate().for_each(|(window, run)| *run = pack(&single, window));
-        Ok(PrefixCode { lengths, codes, single, many })
+        let (mut many, mut ends) = (Box::new([Run::default(); RUNS]), Box::new([0; RUNS]));
+        for (window, (run, ends)) in many.iter_mut().zip(ends.iter_mut()).enumerate() {
+            (*run, *ends) = pack(&single, window);
+        }
+        Ok(PrefixCode { lengths, codes, single, many, ends })
     }
 
     /// The best lengths for numbers that occur `counts[symbol]` times; every symbol gets a code.
@@ -95,14 +108,28 @@ impl PrefixCode {
         raw + counts.iter().zip(self.lengths).map(|(n, l)| n * u64::from(l)).sum::<u64>()
     }
 
-    /// Appends a number below 2^16.
-    #[inline]
-    pub fn put(&self, number: u32, out: &mut BitWriter) {
-        let symbol = (number as usize).min(ESCAPE);
-        out.put(u32::from(self.codes[symbol]), u32::from(self.lengths[symbol]));
-        if symbol == ESCAPE {
-            out.put(number, ESCAPE_BITS);
+    /// code | length << 16 of a symbol.
+    #[inline(always)]
+    pub fn entry(&self, symbol: u32) -> u32 {
+        self.codes[symbol as usize % SYMBOLS]
+    }
+
+    /// A number below 2^16 as (bits, how many), at most 27.
+    #[inline(always)]
+    pub fn bits_of(&self, number: u32) -> (u64, u32) {
+        let entry = self.codes[(number as usize).min(ESCAPE)];
+        let (code, length) = (u64::from(entry & 0xffff), entry >> 16);
+        if number < ESCAPE as u32 {
+            return (code, length);
         }
+        (code | u64::from(number) << length, length + ESCAPE_BITS)
+    }
+
+    /// Appends a number below 2^16.
+    #[inline(always)]
+    pub fn put(&self, number: u32, out: &mut BitWriter) {
+        let (bits, length) = self.bits_of(number);
+        out.put(bits, length);
     }
 
     /// Takes one number.
@@ -117,8 +144,14 @@ impl PrefixCode {
 
     /// The numbers at the start of a window.
     #[inline(always)]
-    pub fn run(&self, window: u64) -> Run {
-        self.many[window as usize % (1 << RUN_BITS)]
+    pub fn run(&self, window: u64) -> &Run {
+        &self.many[window as usize % RUNS]
+    }
+
+    /// Bits of the first `count` numbers of the run at the start of a window; it has that many.
+    #[inline(always)]
+    pub fn length_of(&self, window: u64, count: usize) -> usize {
+        (self.ends[window as usize % RUNS] >> (4 * (count - 1)) & 15) as usize
     }
 }
 
@@ -135,23 +168,23 @@ impl Default for PrefixCode {
     }
 }
 
-fn pack(single: &[u16], window: usize) -> Run {
-    let (mut run, mut count, mut used, mut sum) = (Run::default(), 0usize, 0u32, 0u16);
-    loop {
+fn pack(single: &[u16], window: usize) -> (Run, u32) {
+    let (mut sums, mut ends) = ([0u8; 8], 0u32);
+    let (mut count, mut used, mut sum) = (0usize, 0u32, 0u16);
+    while count < LANES {
         let entry = single[window >> used];
         let (symbol, length) = (entry & 255, u32::from(entry >> 8));
-        let fits = used + length <= RUN_BITS && usize::from(symbol) != ESCAPE && count < LANES;
-        if !fits {
+        if used + length > RUN_BITS || usize::from(symbol) == ESCAPE || sum + symbol > 255 {
             break;
         }
-        sum += symbol;
-        run.0[count] = sum;
+        (sum, used) = (sum + symbol, used + length);
+        sums[count] = sum as u8;
+        ends |= used << (4 * count);
         count += 1;
-        used += length;
     }
-    run.0[6] = count as u16;
-    run.0[7] = used as u16 | sum << 4;
-    run
+    sums[6] = sum as u8;
+    sums[7] = used as u8 | (count as u8) << 4;
+    (Run(sums), ends)
 }
 
 #[cfg(test)]
@@ -170,15 +203,15 @@ mod tests {
             prop_assert!(PrefixCode::new(code.lengths).is_ok());
             let mut out = BitWriter::default();
             numbers.iter().for_each(|n| code.put(*n, &mut out));
-            let bits = out.finish();
-            out.bytes.extend([0; SLACK]);
-            let mut one = BitReader::new(&out.bytes);
+            let bits: u32 = numbers.iter().map(|n| code.bits_of(*n).1).sum();
+            let bytes = [out.finish(), &[0; SLACK]].concat();
+            let mut one = BitReader::new(&bytes);
             for n in &numbers {
                 prop_assert_eq!(code.take(&mut one), Some(*n));
             }
-            prop_assert_eq!(one.at, bits);
+            prop_assert_eq!(one.at, bits as usize);
             // the same by runs
-            let (mut many, mut got, mut at) = (BitReader::new(&out.bytes), Vec::new(), 0u32);
+            let (mut many, mut got, mut at) = (BitReader::new(&bytes), Vec::new(), 0u32);
             while got.len() < numbers.len() {
                 let run = code.run(many.window().expect("bits"));
                 if run.count() == 0 {
@@ -188,8 +221,9 @@ mod tests {
                     continue;
                 }
                 let mut before = 0;
-                for lane in 0..run.count() {
-                    let sum = u32::from(run.0[lane]);
+                for (lane, sum) in run.sums()[..run.count()].iter().enumerate() {
+                    let sum = u32::from(*sum);
+                    prop_assert!(code.length_of(many.window().expect("bits"), lane + 1) <= run.length());
                     got.push(sum - before);
                     before = sum;
                 }

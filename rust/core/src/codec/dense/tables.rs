@@ -4,6 +4,8 @@
 //! magic PSTB | length u32 | vocab_size u32 | k u32 | layout 8 | trained u64 | 7 class codes, 16 x u8 each | 2 prefix codes, 64 x u8 each
 //! | dictionary | zeros to 8 | xxh3-64 of all before
 
+use std::sync::OnceLock;
+
 use super::classes::{ClassCode, CLASSES};
 use super::dictionary::Dictionary;
 use super::prefix::{PrefixCode, SYMBOLS};
@@ -44,18 +46,22 @@ pub struct Tables {
     pub dictionary: Dictionary,
     /// By nibble, plus 16 for a step; an index of 8 bits is never outside.
     pub ranks: Box<[RankClass; 256]>,
-    /// Three raw parts of an id fit into one window.
-    pub narrow: bool,
+    /// The same by column: widths of ranks and of steps, and bases of both.
+    pub widths: [[u8; CLASSES]; 2],
+    pub bases: [[u32; 8]; CLASSES / 4],
+    /// Most bits of an id's raw part.
+    pub widest: u32,
     pub trained: u64,
     /// As stored.
     pub bytes: Vec<u8>,
     pub sum: u64,
+    written: OnceLock<Vec<u8>>,
 }
 
 /// One more than the largest value of each class code.
 pub fn bounds(layout: &Layout) -> [u64; CODES] {
     let (v, k) = (u64::from(layout.vocab_size), u64::from(layout.k));
-    [v, v, k + (1 << 31), k + 1, 1 << 16, 1 << 16, 1 << 16]
+    [v, v, k + (1 << 31), k + 1, layout.values.first_bound(), 1 << 16, 1 << 16]
 }
 
 fn no_ranks() -> Box<[RankClass; 256]> {
@@ -92,13 +98,28 @@ impl Tables {
             draws,
             dictionary,
             ranks: no_ranks(),
-            narrow: false,
+            widths: [[0; CLASSES]; 2],
+            bases: [[0; 8]; CLASSES / 4],
+            widest: 0,
             trained,
             bytes: vec![],
             sum: 0,
+            written: OnceLock::new(),
         };
         tables.bytes = tables.encode(&layout);
         tables.finish()
+    }
+
+    /// Class of each rank, then 16 + that of each step, a step of 1 (the next rank) at V + 1; made when rows are first written.
+    pub fn class_of_id(&self) -> &[u8] {
+        self.written.get_or_init(|| {
+            let v = self.dictionary.id_of.len();
+            let mut classes = vec![0u8; 2 * v + 1];
+            let (ranks, steps) = classes.split_at_mut(v);
+            self.classes[RANK].fill(ranks, 0);
+            self.classes[STEP].fill(&mut steps[1..], CLASSES as u8);
+            classes
+        })
     }
 
     fn finish(mut self) -> Tables {
@@ -113,7 +134,11 @@ impl Tables {
                 width,
             };
         }
-        self.narrow = self.ranks.iter().all(|c| 3 * c.width + 7 <= u64::BITS);
+        for (i, class) in self.ranks[..2 * CLASSES].iter().enumerate() {
+            self.widths[i / CLASSES][i % CLASSES] = class.width as u8;
+            self.bases[i / 8][i % 8] = class.base;
+        }
+        self.widest = self.ranks.iter().map(|c| c.width).max().unwrap_or(0);
         let end = self.bytes.len() - 8;
         self.sum = checksum(&self.bytes[..end]);
         self
@@ -152,7 +177,7 @@ impl Tables {
         if magic != MAGIC || len != bytes.len() || vocab_size != layout.vocab_size || k != layout.k {
             return Err(format!("tables of {len} bytes for a vocabulary of {vocab_size} and k = {k}"));
         }
-        if Layout::decode(&mut cursor, vocab_size, k)? != layout {
+        if Layout::decode(layout.codec, &mut cursor, vocab_size, k)? != layout {
             return Err("the tables are of another layout than the header's".to_string());
         }
         let trained = cursor.u64()?;
@@ -181,10 +206,13 @@ impl Tables {
             draws,
             dictionary,
             ranks: no_ranks(),
-            narrow: false,
+            widths: [[0; CLASSES]; 2],
+            bases: [[0; 8]; CLASSES / 4],
+            widest: 0,
             trained,
             bytes: bytes.to_vec(),
             sum: 0,
+            written: OnceLock::new(),
         };
         Ok(tables.finish())
     }

@@ -6,7 +6,7 @@ use super::dictionary::Dictionary;
 use super::encode::{rank_row, token_value};
 use super::prefix::{PrefixCode, ESCAPE, SYMBOLS};
 use super::tables::{bounds, Tables, COUNT, EXTRA, FIRST, RANK, REST, STEP, TOKEN};
-use super::{Layout, Values};
+use super::Layout;
 
 /// Entries after which tables are as good as they get.
 pub const TRAINED: u64 = 1 << 21;
@@ -50,12 +50,13 @@ pub fn train(layout: Layout, sequences: &[Coded]) -> Option<Tables> {
         ClassCode::trained(&counts, bounds[code])
     };
     let (rests, by_difference) = (1 + layout.extra, layout.values.by_difference());
-    let grid = matches!(layout.values, Values::Grid { .. });
+    let grid = layout.values.rest_grid().is_some();
     let rest = |first: bool| {
         let all = sequences.iter().flat_map(|s| s.rests.iter().enumerate()).filter(move |_| grid);
         all.filter(move |(i, _)| (i % rests == 0) == first).map(|(_, r)| *r)
     };
-    let firsts = sequences.iter().flat_map(|s| rows(s).filter_map(|r| r.codes.first())).filter(|_| by_difference);
+    let firsts = sequences.iter().flat_map(|s| (0..s.tokens.len()).zip(rows(s)).map(|(i, r)| s.first_code(i, r.codes)));
+    let firsts = firsts.filter(|_| by_difference);
     let missing = sequences.iter().flat_map(|s| s.counts.iter().map(|c| layout.k - u32::from(*c)));
     let [ranks, steps, tokens] = ranking.codes;
     let mut classes = bounds.map(ClassCode::even);
@@ -63,7 +64,7 @@ pub fn train(layout: Layout, sequences: &[Coded]) -> Option<Tables> {
     classes[STEP] = steps;
     classes[TOKEN] = tokens;
     classes[COUNT] = column(&mut missing.into_iter(), COUNT);
-    classes[FIRST] = column(&mut firsts.copied(), FIRST);
+    classes[FIRST] = column(&mut firsts.into_iter(), FIRST);
     classes[REST] = column(&mut rest(true), REST);
     classes[EXTRA] = column(&mut rest(false), EXTRA);
     let (mut differences, mut draws) = ([0u64; SYMBOLS], [0u64; SYMBOLS]);
