@@ -1,4 +1,4 @@
-"""Codecs 1 and 2 of the format in plain Python and numpy, written from docs/format.md: it shares no code with the package."""
+"""Codecs 1 and 2 of the format in plain Python and numpy, written from docs/format.md: no code of the package."""
 
 from __future__ import annotations
 
@@ -180,7 +180,15 @@ class Tables:
             before = [self.id_of[r] for r in ranks]
             draws = [1 + self.draws.take(raw) for _ in range(count)] if layout.sampled else []
             rows.append(
-                {"token": token, "ids": before, "codes": codes, "draws": draws, "rests": rests, "lse": lse, "shift": shift}
+                {
+                    "token": token,
+                    "ids": before,
+                    "codes": codes,
+                    "draws": draws,
+                    "rests": rests,
+                    "lse": lse,
+                    "shift": shift,
+                }
             )
             used += count
         assert used == entries

@@ -26,7 +26,7 @@ def layout(data: bytes) -> list[tuple[int, str]]:
     (header_len,) = struct.unpack_from("<I", data, 12)
     (footer_len,) = struct.unpack_from("<Q", data, len(data) - 32)
     footer = data[-32 - footer_len :]
-    tables = struct.unpack_from("<I", data, 88)[0] if data[32] == 1 else 0
+    tables = struct.unpack_from("<I", data, 88)[0] if data[32] else 0
     parts, end = [(header_len, "header"), (header_len + tables, "tables")], header_len + tables
     for i in range(struct.unpack_from("<I", footer, 8)[0]):
         end += struct.unpack_from("<I", footer, 32 + 24 * i + 8)[0]

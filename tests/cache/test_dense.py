@@ -194,7 +194,9 @@ def test_rows_are_shifted_to_where_the_grid_fits_them(tmp_path, lab, values):
         order, given = np.argsort(ids, -1), np.argsort(r.ids, -1)
         p = np.append(np.take_along_axis(r.log_probs, given, -1), r.log_rest[:, None], 1).astype(float)
         q = np.append(np.take_along_axis(log_probs, order, -1), log_rest[:, None], 1).astype(float)
-        divergence[codec] = (np.exp(p) * (np.expm1(q - p) - (q - p))).sum(-1).mean()  # 0 where q is p, whatever their mass
+        divergence[codec] = (
+            (np.exp(p) * (np.expm1(q - p) - (q - p))).sum(-1).mean()
+        )  # 0 where q is p, whatever their mass
         assert np.abs(q - p)[:, :-1].max() <= 0.5 * eval(values) + 1e-5
         assert np.abs(q - p)[:, -1].max() <= 0.5 * eval(values) / (4 if codec == 2 else 1) + 1e-5
     assert divergence[2] < 0.5 * divergence[1] and divergence[2] < 0.02 * eval(values) ** 2

@@ -76,7 +76,7 @@ def test_a_golden_cache_can_be_continued(tmp_path, expected, lab):
 
 @pytest.fixture(scope="module", params=["cache_v1_dense", "cache_v1_exact", "cache_v1_shifted"])
 def dense(request):
-    """A folder of codec 1 or 2, what is read from it by key and column (some are empty), and the rows it was made from."""
+    """A folder of codec 1 or 2, what is read from it by key and column (some empty), and the rows it was made from."""
     with np.load(GOLDEN / f"{request.param}.npz") as stored:
         keys = [str(k) for k in stored["keys"]]
         names = ("tokens", "ids", "log_probs", "log_rest", "extra", "lse", "counts")

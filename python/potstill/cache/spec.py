@@ -23,8 +23,9 @@ class Spec:
     k: most entries of a row, 1 to min(65535, vocab_size); a row may have fewer.
     teacher, teacher_revision, tokenizer: names or hashes; empty when not known.
     values: how log-probabilities are stored. "1/8", "1/16", "1/32", "1/64": on a grid of that many nat, moved in each
-        row to where it fits best, off by at most half of it; "bf16_logits": bit exact for bf16 logits given with their lse; "fp32", "fp16": as they are;
-        "plain": fp16 and bit-packed ids, larger, and all that version 1.0 of the format knows.
+        row to where it fits best, off by at most half of it; "bf16_logits": bit exact for bf16 logits given with their
+        lse; "fp32", "fp16": as they are; "plain": fp16 and bit-packed ids, larger, and all that version 1.0 of the
+        format knows.
     temperatures: log_rest is kept at 1 and at each of these; rows then need topk.log_rest_at[T].
     sampled: rows are draws, with topk.counts.
     token_log_probs: rows carry topk.token_log_probs, the realised token's log-probability.

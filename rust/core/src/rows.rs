@@ -1,6 +1,6 @@
 //! The rows of one sequence and the rules they must obey before they may be written.
 
-use crate::codec::dense::{Layout, Values};
+use crate::codec::dense::{with_wide, Layout, Values};
 use crate::error::{Error, Result};
 use crate::spec::Spec;
 
@@ -157,8 +157,13 @@ impl Checker {
             let what = format!("token {} is negative", rows.tokens[i]);
             return Err(Error::BadRow { key: key.to_string(), row: i, what });
         }
+        with_wide(|| self.check_rows(key, rows, counts))
+    }
+
+    #[inline(always)]
+    fn check_rows(&mut self, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
         counts.clear();
-        for i in 0..n {
+        for i in 0..rows.len() {
             let (ids, log_probs) = rows.row(i);
             match self.check_row(ids, log_probs, rows.log_rest[i]) {
                 Ok(count) => {
@@ -214,6 +219,7 @@ impl Checker {
         }
     }
 
+    #[inline(always)]
     fn check_row(&mut self, ids: &[i32], log_probs: &[f32], log_rest: f32) -> std::result::Result<u16, String> {
         // whole rows, which nearly all are, are told without stopping at an entry
         let whole = ids.iter().fold(true, |whole, id| whole & (*id != -1));
@@ -248,15 +254,16 @@ impl Checker {
         Ok(count as u16)
     }
 
+    #[inline(always)]
     fn check_duplicates(&mut self, ids: &[i32]) -> std::result::Result<(), String> {
-        let mut twice = false;
+        let (mut twice, seen) = (false, self.seen.as_mut_slice());
         for id in ids {
-            let (word, bit) = (*id as usize / 64, 1u64 << (*id as usize % 64));
-            twice |= self.seen[word] & bit != 0;
-            self.seen[word] |= bit;
+            let (word, bit) = (&mut seen[*id as usize / 64], 1u64 << (*id as usize % 64));
+            twice |= *word & bit != 0;
+            *word |= bit;
         }
         for id in ids {
-            self.seen[*id as usize / 64] = 0;
+            seen[*id as usize / 64] = 0;
         }
         if !twice {
             return Ok(());
@@ -266,6 +273,7 @@ impl Checker {
     }
 }
 
+#[inline(always)]
 fn check_order(log_probs: &[f32]) -> std::result::Result<(), String> {
     // a NaN fails every comparison, so the first entry and the chain of <= cover all
     let ordered = log_probs.windows(2).fold(true, |ok, w| ok & (w[1] <= w[0]));
@@ -288,6 +296,7 @@ fn check_order(log_probs: &[f32]) -> std::result::Result<(), String> {
 const LANES: usize = 8;
 
 /// sum(exp(x)), relative error below 1e-5; written so that it vectorises.
+#[inline(always)]
 fn mass(log_probs: &[f32]) -> f32 {
     let mut sums = [0f32; LANES];
     let chunks = log_probs.chunks_exact(LANES);

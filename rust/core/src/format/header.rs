@@ -3,7 +3,7 @@
 //! magic 8 | major u16 | minor u16 | header_len u32 | required u64 | optional u64 | codec u16 | params_len u16
 //! | vocab_size u32 | k u32 | zero u32 | spec hash 32 | params, zero-padded to 8 | xxh3-64 of all before
 
-use super::{MAJOR, MAX_HEADER};
+use super::{MAJOR, MAX_HEADER, MINOR};
 use crate::bytes::{checksum, pad, padded, Cursor};
 use crate::codec::{Codec, Declared};
 use crate::spec::Spec;

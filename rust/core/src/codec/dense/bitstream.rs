@@ -19,31 +19,22 @@ pub struct BitWriter {
 }
 
 impl BitWriter {
-    /// Makes room for so many bits; puts beyond it make their own.
-    #[inline]
-    pub fn reserve(&mut self, bits: usize) {
+    /// Puts at most so many bits.
+    #[inline(always)]
+    pub fn put_all(&mut self, bits: usize, work: impl FnOnce(&mut Room<'_>)) {
         let end = self.at + bits / 8 + 2 * REACH;
         if self.bytes.len() < end {
             self.bytes.resize(end.max(2 * self.bytes.len()), 0);
         }
+        let mut room = Room { bytes: &mut self.bytes, at: self.at, word: self.word, fill: self.fill };
+        work(&mut room);
+        (self.at, self.word, self.fill) = (room.at, room.word, room.fill);
     }
 
     /// Appends the lowest `bits` (at most 56) of a value that has no others.
     #[inline(always)]
     pub fn put(&mut self, value: u64, bits: u32) {
-        debug_assert!(bits <= 56 && value >> bits == 0);
-        self.word |= value << self.fill;
-        self.fill += bits;
-        loop {
-            if let Some(slot) = self.bytes.get_mut(self.at..).and_then(|rest| rest.first_chunk_mut::<REACH>()) {
-                *slot = self.word.to_le_bytes();
-                break;
-            }
-            self.reserve(0);
-        }
-        self.at += self.fill as usize / 8;
-        self.word >>= self.fill & !7;
-        self.fill %= 8;
+        self.put_all(bits as usize, |room| room.put(value, bits));
     }
 
     /// Ends the stream with the byte that holds its last bit; its bytes.
@@ -53,6 +44,28 @@ impl BitWriter {
 
     pub fn clear(&mut self) {
         (self.at, self.word, self.fill) = (0, 0, 0);
+    }
+}
+
+/// Room for bits that was made beforehand: a writer whose state stays in registers.
+pub struct Room<'a> {
+    bytes: &'a mut [u8],
+    at: usize,
+    word: u64,
+    fill: u32,
+}
+
+impl Room<'_> {
+    /// Appends the lowest `bits` (at most 56) of a value that has no others.
+    #[inline(always)]
+    pub fn put(&mut self, value: u64, bits: u32) {
+        debug_assert!(bits <= 56 && value >> bits == 0);
+        self.word |= value << self.fill;
+        self.fill += bits;
+        self.bytes[self.at..self.at + REACH].copy_from_slice(&self.word.to_le_bytes());
+        self.at += self.fill as usize / 8;
+        self.word >>= self.fill & !7;
+        self.fill %= 8;
     }
 }
 

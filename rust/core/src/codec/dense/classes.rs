@@ -30,7 +30,7 @@ impl ClassCode {
 
     #[inline]
     pub fn class_of(&self, value: u32) -> usize {
-        self.bases.iter().map(|b| usize::from(*b <= value)).sum::<usize>() - 1
+        self.bases.iter().map(|b| u32::from(*b <= value)).sum::<u32>() as usize - 1
     }
 
     /// Writes plus + the class of each value from 0 on.

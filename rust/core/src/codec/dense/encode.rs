@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 
-use super::bitstream::{BitWriter, SLACK};
+use super::bitstream::{BitWriter, Room, SLACK};
 use super::classes::{ClassCode, CLASSES};
 use super::coded::{sort_ties, Coded};
 use super::prefix::{PrefixCode, ESCAPE_BITS};
@@ -13,8 +13,8 @@ use super::tables::{Tables, COUNT, EXTRA, FIRST, REST, TOKEN};
 use super::{widest, Dense};
 use crate::bytes::pad;
 
-/// Bits that the columns of a row may take beside its entries, for each of them.
-const COLUMN_BITS: usize = 32;
+/// Bits that a column of a row, or of an entry, may take.
+pub const COLUMN_BITS: usize = 32;
 
 #[derive(Default)]
 pub struct Streams {
@@ -65,7 +65,8 @@ pub fn token_value(token: u32, before: &[u32], tables: &Tables, k: u32) -> u32 {
 #[inline(always)]
 pub fn rank_row(tables: &Tables, codes: &[u32], ids: &[u32], ranks: &mut Vec<u32>, draws: &mut [u32]) {
     ranks.clear();
-    ranks.extend(ids.iter().map(|id| tables.dictionary.rank_of[*id as usize]));
+    let rank_of = tables.dictionary.rank_of.as_slice();
+    ranks.extend(ids.iter().map(|id| rank_of[*id as usize]));
     if draws.is_empty() {
         widest::sort_ties(codes, ranks);
     } else {
@@ -103,7 +104,6 @@ pub fn rows<P: Put>(
         }
         rank_row(tables, codes, ids, &mut streams.ranks, &mut streams.draws);
         let token = token_value(coded.tokens[row], &streams.before, tables, k);
-        streams.raw.reserve(n * COLUMN_BITS + (3 + rests) * COLUMN_BITS);
         streams.put(&tables.classes[TOKEN], token);
         if ragged {
             streams.put(&tables.classes[COUNT], k - n as u32);
@@ -120,12 +120,12 @@ pub fn rows<P: Put>(
             streams.words.extend(row_rests.iter().flat_map(|r| r.to_le_bytes()));
         }
         if layout.values.by_difference() {
-            streams.differences.reserve(codes.len() * COLUMN_BITS);
-            P::differences(&tables.codes, codes, &mut streams.differences);
+            let most = codes.len() * COLUMN_BITS;
+            streams.differences.put_all(most, |out| P::differences(&tables.codes, codes, out));
         }
         P::ids(tables, codes, streams);
-        streams.raw.reserve(streams.draws.len() * COLUMN_BITS);
-        streams.draws.iter().for_each(|d| tables.draws.put(*d, &mut streams.raw));
+        let draws = &streams.draws;
+        streams.raw.put_all(draws.len() * COLUMN_BITS, |out| draws.iter().for_each(|d| tables.draws.put(*d, out)));
         std::mem::swap(&mut streams.ranks, &mut streams.before);
         at += n;
     }
@@ -134,7 +134,7 @@ pub fn rows<P: Put>(
 
 /// How the entries of a row are put into their streams.
 pub trait Put {
-    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter);
+    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>);
     fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams);
 }
 
@@ -143,7 +143,7 @@ pub struct Plain;
 
 impl Put for Plain {
     #[inline(always)]
-    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter) {
+    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
         differences(prefix, codes, out);
     }
 
@@ -155,7 +155,7 @@ impl Put for Plain {
 
 /// Four numbers of at most 11 bits, or one with an escape, go in at once.
 #[inline(always)]
-pub fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter) {
+pub fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
     let Some((_, later)) = codes.split_first() else { return };
     let (before, rest) = codes[..later.len()].as_chunks::<4>();
     let (groups, last) = later.as_chunks::<4>();
@@ -201,15 +201,17 @@ pub fn put_ids(tables: &Tables, codes: &[u32], from: usize, streams: &mut Stream
     let (pairs, last) = ranks.as_chunks::<2>();
     let (nibbles, last_nibble) = nibbles.as_chunks_mut::<2>();
     let (codes, last_code) = codes.as_chunks::<2>();
-    for ((pair, nibble), code) in pairs.iter().zip(nibbles).zip(codes) {
-        let one = part(pair[0], code[0], &mut nibble[0]);
-        let two = part(pair[1], code[1], &mut nibble[1]);
-        streams.raw.put(one.0 | two.0 << one.1, one.1 + two.1);
-    }
-    for ((rank, nibble), code) in last.iter().zip(last_nibble).zip(last_code) {
-        let one = part(*rank, *code, nibble);
-        streams.raw.put(one.0, one.1);
-    }
+    streams.raw.put_all(ranks.len() * COLUMN_BITS, |out| {
+        for ((pair, nibble), code) in pairs.iter().zip(nibbles).zip(codes) {
+            let one = part(pair[0], code[0], &mut nibble[0]);
+            let two = part(pair[1], code[1], &mut nibble[1]);
+            out.put(one.0 | two.0 << one.1, one.1 + two.1);
+        }
+        for ((rank, nibble), code) in last.iter().zip(last_nibble).zip(last_code) {
+            let one = part(*rank, *code, nibble);
+            out.put(one.0, one.1);
+        }
+    });
 }
 
 fn is_ragged(coded: &Coded, range: std::ops::Range<usize>, k: u32) -> bool {

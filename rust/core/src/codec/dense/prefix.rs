@@ -1,7 +1,7 @@
 //! A prefix code of small numbers, at most 11 bits each: symbols 0 to 62, and 63 for a larger number in 16 raw bits behind it.
 //! Canonical as in deflate: by length, then by symbol; codes are stored from their first bit on.
 
-use super::bitstream::{BitReader, BitWriter};
+use super::bitstream::{BitReader, Room};
 
 pub const SYMBOLS: usize = 64;
 pub const ESCAPE: usize = SYMBOLS - 1;
@@ -127,7 +127,7 @@ impl PrefixCode {
 
     /// Appends a number below 2^16.
     #[inline(always)]
-    pub fn put(&self, number: u32, out: &mut BitWriter) {
+    pub fn put(&self, number: u32, out: &mut Room<'_>) {
         let (bits, length) = self.bits_of(number);
         out.put(bits, length);
     }
@@ -189,7 +189,7 @@ fn pack(single: &[u16], window: usize) -> (Run, u32) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::bitstream::SLACK;
+    use super::super::bitstream::{BitWriter, SLACK};
     use super::*;
     use proptest::prelude::*;
 
@@ -202,7 +202,7 @@ mod tests {
             let code = PrefixCode::trained(&weights);
             prop_assert!(PrefixCode::new(code.lengths).is_ok());
             let mut out = BitWriter::default();
-            numbers.iter().for_each(|n| code.put(*n, &mut out));
+            out.put_all(numbers.len() * 27, |room| numbers.iter().for_each(|n| code.put(*n, room)));
             let bits: u32 = numbers.iter().map(|n| code.bits_of(*n).1).sum();
             let bytes = [out.finish(), &[0; SLACK]].concat();
             let mut one = BitReader::new(&bytes);

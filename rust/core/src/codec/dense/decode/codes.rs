@@ -2,6 +2,7 @@
 
 use super::super::bitstream::BitReader;
 use super::super::prefix::{PrefixCode, LANES, RUN_BITS};
+use super::Wide;
 
 /// Sums that a look-up writes behind the last one wanted.
 pub const OVERRUN: usize = 8;
@@ -11,15 +12,27 @@ const LOOK_UPS: u32 = 57 / RUN_BITS;
 /// Writes n running sums, the first one given, as u16, which may wrap; gives the last one, which does not. `sums` holds
 /// OVERRUN more.
 #[inline(always)]
-pub fn sums(prefix: &PrefixCode, stream: &mut BitReader<'_>, first: u32, n: usize, sums: &mut [u16]) -> Option<u32> {
+pub fn sums<W: Wide>(
+    prefix: &PrefixCode,
+    stream: &mut BitReader<'_>,
+    first: u32,
+    n: usize,
+    sums: &mut [u16],
+) -> Option<u32> {
     let mut bits = stream.clone();
-    let last = running(prefix, &mut bits, first, n, sums);
+    let last = running::<W>(prefix, &mut bits, first, n, sums);
     stream.at = bits.at;
     last
 }
 
 #[inline(always)]
-fn running(prefix: &PrefixCode, bits: &mut BitReader<'_>, first: u32, n: usize, sums: &mut [u16]) -> Option<u32> {
+fn running<W: Wide>(
+    prefix: &PrefixCode,
+    bits: &mut BitReader<'_>,
+    first: u32,
+    n: usize,
+    sums: &mut [u16],
+) -> Option<u32> {
     let sums = sums.get_mut(..n + OVERRUN)?;
     sums[0] = first as u16;
     let (mut at, mut sum) = (1, first);
@@ -29,9 +42,7 @@ fn running(prefix: &PrefixCode, bits: &mut BitReader<'_>, first: u32, n: usize, 
             let run = prefix.run(window);
             let count = run.count();
             let slots: &mut [u16; OVERRUN] = sums.get_mut(at..at + OVERRUN)?.try_into().ok()?;
-            for (slot, lane) in slots.iter_mut().zip(run.sums()) {
-                *slot = (sum as u16).wrapping_add(u16::from(*lane));
-            }
+            *slots = W::raised(run.sums(), sum as u16);
             if count >= n - at {
                 // the rest of the look-up belongs to the next row
                 let wanted = n - at;

@@ -2,6 +2,7 @@
 
 use super::super::bitstream::SLACK;
 use super::super::tables::{RankClass, Tables};
+use super::Wide;
 
 /// Entries that are decoded together; memory for classes and ids is a multiple of it.
 pub const GROUP: usize = 64;
@@ -43,30 +44,22 @@ pub fn walk<const N: usize>(
     (at.div_ceil(8) + SLACK <= bytes.len()).then_some(at)
 }
 
-/// Nibbles to bytes; `odd` begins with the second nibble of the first byte.
+/// Nibbles to bytes; `odd` begins with the second nibble of the first byte. `out` has room for 32 more.
 #[inline(always)]
-pub fn spread(bytes: &[u8], odd: bool, mut out: &mut [u8]) {
-    let mut bytes = bytes;
+pub fn spread<W: Wide>(mut bytes: &[u8], odd: bool, mut out: &mut [u8]) {
     if odd {
-        if let ([first, rest @ ..], [slot, others @ ..]) = (bytes, out) {
-            *slot = first >> 4;
-            (bytes, out) = (rest, others);
-        } else {
-            return;
-        }
+        let (Some((first, rest)), Some((slot, others))) = (bytes.split_first(), out.split_first_mut()) else { return };
+        *slot = first >> 4;
+        (bytes, out) = (rest, others);
     }
-    let (blocks, out) = out.as_chunks_mut::<32>();
-    let (whole, bytes) = bytes.split_at(blocks.len() * 16);
-    for (block, bytes) in blocks.iter_mut().zip(whole.as_chunks::<16>().0) {
-        for (pair, byte) in block.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
-            *pair = [byte & 15, byte >> 4];
-        }
+    let (blocks, rest) = bytes.as_chunks::<16>();
+    let slots = out.as_chunks_mut::<32>().0;
+    for (slot, block) in slots.iter_mut().zip(blocks) {
+        *slot = W::spread(block);
     }
-    let (pairs, last) = out.as_chunks_mut::<2>();
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = [byte & 15, byte >> 4];
-    }
-    if let ([slot], Some(byte)) = (last, bytes.last()) {
-        *slot = byte & 15;
+    if let Some(slot) = slots.get_mut(blocks.len()).filter(|_| !rest.is_empty()) {
+        let mut block = [0; 16];
+        block[..rest.len()].copy_from_slice(rest);
+        *slot = W::spread(&block);
     }
 }

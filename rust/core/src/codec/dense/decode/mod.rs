@@ -19,6 +19,32 @@ use super::{widest, Dense, Layout};
 use crate::codec::Shape;
 use crate::rows::TOLERANCE;
 
+/// Classes that are written behind the last one wanted.
+const SPREAD: usize = 32;
+
+/// The steps that compilers do not find vectors for.
+pub trait Wide {
+    /// Bytes as u16, `from` added to each without regard to overflow.
+    fn raised(bytes: &[u8; 8], from: u16) -> [u16; OVERRUN];
+    /// The nibbles of each byte, the lower one first.
+    fn spread(bytes: &[u8; 16]) -> [u8; 32];
+}
+
+/// Without vectors.
+pub struct Narrow;
+
+impl Wide for Narrow {
+    #[inline(always)]
+    fn raised(bytes: &[u8; 8], from: u16) -> [u16; OVERRUN] {
+        bytes.map(|byte| from.wrapping_add(u16::from(byte)))
+    }
+
+    #[inline(always)]
+    fn spread(bytes: &[u8; 16]) -> [u8; 32] {
+        std::array::from_fn(|i| bytes[i / 2] >> (4 * (i % 2)) & 15)
+    }
+}
+
 pub struct Decoder<'a> {
     layout: Layout,
     tables: &'a Tables,
@@ -55,7 +81,7 @@ impl<'a> Decoder<'a> {
             walk: widest::walk(&dense.tables),
             codes: vec![0; k + 1],
             short: vec![0; k + OVERRUN],
-            classes: vec![0; k.next_multiple_of(GROUP)],
+            classes: vec![0; k.next_multiple_of(GROUP) + SPREAD],
             ids: vec![0; k],
             before: vec![0; k],
             had: 0,
@@ -97,11 +123,11 @@ impl<'a> Decoder<'a> {
 
     // codes 1.. of a row of n, of which the first is there
     #[inline(always)]
-    fn differences(&mut self, n: usize) -> Result<(), String> {
+    fn differences<W: Wide>(&mut self, n: usize) -> Result<(), String> {
         let (first, limit) = (self.codes[0], self.layout.values.largest());
         let mut last = first;
         if n > 0 && first <= limit {
-            last = sums(&self.tables.codes, &mut self.differences, first, n, &mut self.short).ok_or(SHORT)?;
+            last = sums::<W>(&self.tables.codes, &mut self.differences, first, n, &mut self.short).ok_or(SHORT)?;
             for (code, short) in self.codes[..n].iter_mut().zip(&self.short) {
                 *code = u32::from(*short);
             }
@@ -131,9 +157,9 @@ impl<'a> Decoder<'a> {
     }
 
     #[inline(always)]
-    fn ids(&mut self, n: usize) -> Result<(), String> {
+    fn ids<W: Wide>(&mut self, n: usize) -> Result<(), String> {
         let bytes = self.parts.nibbles.get(self.nibble / 2..(self.nibble + n).div_ceil(2)).ok_or(SHORT)?;
-        spread(bytes, self.nibble % 2 == 1, &mut self.classes[..n]);
+        spread::<W>(bytes, self.nibble % 2 == 1, &mut self.classes[..n + SPREAD]);
         self.nibble += n;
         let later = &mut self.classes[1.min(n)..n];
         if self.layout.values.by_difference() {
@@ -152,7 +178,7 @@ impl<'a> Decoder<'a> {
     }
 
     #[inline(always)]
-    fn row(&mut self, i: usize, sink: &mut impl Sink) -> Result<(), String> {
+    fn row<W: Wide>(&mut self, i: usize, sink: &mut impl Sink) -> Result<(), String> {
         let (layout, tables) = (self.layout, self.tables);
         let token = self.token()?;
         let mut n = layout.k as usize;
@@ -179,11 +205,11 @@ impl<'a> Decoder<'a> {
         }
         let lse = self.words(i)?;
         if layout.values.by_difference() {
-            self.differences(n)?;
+            self.differences::<W>(n)?;
         } else {
             self.raw_codes(n)?;
         }
-        self.ids(n)?;
+        self.ids::<W>(n)?;
         if layout.sampled {
             self.draws.clear();
             for _ in 0..n {
@@ -205,9 +231,9 @@ impl<'a> Decoder<'a> {
     }
 
     #[inline(always)]
-    pub fn rows(&mut self, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
+    pub fn rows<W: Wide>(&mut self, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
         for i in 0..rows {
-            self.row(i, sink)?;
+            self.row::<W>(i, sink)?;
         }
         Ok(())
     }

@@ -10,8 +10,8 @@ mod vectors;
 
 use std::ops::Range;
 
-use super::bitstream::BitWriter;
-use super::decode::{self, Decoder, Sink, Walk};
+use super::bitstream::Room;
+use super::decode::{self, Decoder, Narrow, Sink, Walk};
 use super::encode::{self, Streams};
 use super::prefix::PrefixCode;
 use super::tables::Tables;
@@ -47,18 +47,18 @@ pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Res
         // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
         return unsafe { rows_avx2(decoder, rows, sink) };
     }
-    decoder.rows(rows, sink)
+    decoder.rows::<Narrow>(rows, sink)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
 fn rows_avx2(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
-    decoder.rows(rows, sink)
+    decoder.rows::<Avx2>(rows, sink)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
-    decoder.rows(rows, sink)
+    decoder.rows::<Narrow>(rows, sink)
 }
 
 /// Fills the streams of rows with the widest instructions that this processor has.
@@ -86,10 +86,25 @@ pub fn encode(dense: &Dense, coded: &Coded, range: Range<usize>, entry: usize, s
 struct Avx2;
 
 #[cfg(target_arch = "x86_64")]
+impl decode::Wide for Avx2 {
+    #[inline(always)]
+    fn raised(bytes: &[u8; 8], from: u16) -> [u16; 8] {
+        // SAFETY: only functions compiled for AVX2 name this type, and they are called where the processor has it
+        unsafe { vectors::raised(bytes, from) }
+    }
+
+    #[inline(always)]
+    fn spread(bytes: &[u8; 16]) -> [u8; 32] {
+        // SAFETY: as above
+        unsafe { vectors::spread(bytes) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
 impl encode::Put for Avx2 {
     #[inline(always)]
-    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut BitWriter) {
-        // SAFETY: only `encode_avx2` names this type, and the processor has what that is compiled for
+    fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
+        // SAFETY: as above
         unsafe { put::differences(prefix, codes, out) }
     }
 
@@ -134,4 +149,20 @@ fn coded_avx2(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded,
 #[cfg(not(target_arch = "x86_64"))]
 pub fn coded(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, (usize, String)> {
     Coded::build(layout, rows, counts)
+}
+
+/// Does work that compilers make vectors of with the widest that this processor has.
+pub fn with_wide<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if wide() {
+        // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
+        return unsafe { with_avx2(work) };
+    }
+    work()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2")]
+fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
+    work()
 }
