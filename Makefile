@@ -14,6 +14,8 @@ PYTHON ?= python3
 STORE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/potstill
 export CARGO_TARGET_DIR ?= $(STORE)/target
 export UV_PYTHON_DOWNLOADS := never
+# the tests start many processes, and compiling torch anew in each takes longer than what they do
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 PY := $(VENV)/bin/python

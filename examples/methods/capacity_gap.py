@@ -1,7 +1,7 @@
 """The capacity gap (arXiv:2311.07052): for a student of one size, a larger teacher is not always a better one.
 
-Read the verdict with care: beyond a teacher of width 32 the students differ by less than 0.005 nats, and the best width is
-chosen after the fact.
+Read the verdict with care: beyond a teacher of width 32 the students differ by less than 0.005 nats, and the best width
+is chosen after the fact.
 """
 
 from __future__ import annotations
