@@ -66,7 +66,7 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
         for shape in plan.shapes():
             note(f"losses: {losses.title(shape)}")
             found["losses"] += losses.rows(
-                shape, repeats=plan.times(5), compiled=not plan.smoke, limit=plan.limit, peaks=True, note=note
+                shape, repeats=plan.times(5), compiled=not plan.smoke, limit=plan.limit, peaks=not plan.smoke, note=note
             )
     if what in ("models", "all"):
         found["models"] = sweeps.models(smoke=plan.smoke, repeats=plan.times(5), limit=plan.limit, note=note)
