@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -239,9 +240,11 @@ def test_low_memory_refuses_what_needs_whole_rows():
 def test_the_peak_grows_neither_with_the_rows_nor_with_the_vocabulary():
     """Peak resident bytes beyond the inputs; outputs are 3 MB, the default path's two buffers of 512 x V 400 MB."""
     script = Path(__file__).with_name("peak_work.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    # blocks from a megabyte on go back when they are freed: kept ones would be counted, or not, by chance
+    allocator = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
+    done = subprocess.run([sys.executable, script], env=os.environ | allocator, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, wide, tall, default = (x / 2**20 for x in json.loads(done.stdout))
     assert small < 60, "two tiles of 512 x 4096 are 16 MB"
-    assert wide < small + 15 and tall < small + 15, (small, wide, tall)
+    assert wide < small + 8 and tall < small + 8, (small, wide, tall)
     assert default > 5 * wide, (default, wide)

@@ -223,6 +223,13 @@ def test_long_rows(lengths):
     assert kept == [chunk for chunk in truth(student, teacher) if chunk[3] <= place]
 
 
+def test_words_end_where_either_side_begins_one():
+    """Texts that part where one of them begins a word: which side is the student's does not matter."""
+    left, right = [b"a", b"a"], [b"a", b" "]
+    found = align(left, right, granularity="word").chunks(0)
+    assert found == align(right, left, granularity="word").chunks(0) == [(0, 1, 0, 1), (1, 2, 1, 2)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(text_bytes, text_bytes, st.data())
 def test_any_two_byte_strings(left, right, data):

@@ -109,12 +109,11 @@ impl Walk {
         if x == a.len() || y == b.len() {
             return Some(x == a.len() && y == b.len());
         }
-        let is_space = |byte: u8| byte.is_ascii_whitespace();
+        // where the texts part behind this place, a word of either side begins one
         Some(
             self.options.granularity == Granularity::Word
-                && word_kind(a.word(x)) == kind::CONTENT
-                && is_space(first_byte(a, x))
-                && !self.a.place.byte_before(a, 1).is_some_and(is_space),
+                && (begins_with_space(a, x) || begins_with_space(b, y))
+                && !self.a.place.byte_before(a, 1).is_some_and(|byte| byte.is_ascii_whitespace()),
         )
     }
 
@@ -200,4 +199,8 @@ fn ends_character(stream: &impl Stream, place: &Place, bytes: usize) -> bool {
         }
     }
     true
+}
+
+fn begins_with_space(stream: &impl Stream, at: usize) -> bool {
+    word_kind(stream.word(at)) == kind::CONTENT && first_byte(stream, at).is_ascii_whitespace()
 }
