@@ -50,12 +50,16 @@ def bars(axes: Any, rows: list[Row], column: str) -> None:
     """Groups by case, one bar a variant."""
     cases, names = (list(dict.fromkeys(r[c] for r in rows)) for c in ("case", "variant"))
     width = 0.8 / len(names)
-    for i, name in enumerate(names):
+    there = {c: [n for n in names if any(r["case"] == c and r["variant"] == n for r in rows)] for c in cases}
+    for name in names:
         mine = {r["case"]: r[column] for r in rows if r["variant"] == name and r[column] is not None}
-        at = [j + (i - (len(names) - 1) / 2) * width for j, case in enumerate(cases) if case in mine]
-        drawn = axes.bar(
-            at, [mine[c] for c in cases if c in mine], width * 0.92, label=name, color=style(name)["color"]
-        )
+        at = [
+            j + (there[case].index(name) - (len(there[case]) - 1) / 2) * width
+            for j, case in enumerate(cases)
+            if case in mine
+        ]
+        heights = [mine[case] for case in cases if case in mine]
+        drawn = axes.bar(at, heights, width * 0.92, label=name, color=style(name)["color"])
         axes.bar_label(drawn, fmt="%.2f", fontsize=6, color=INK, padding=1)
     axes.set_xticks(range(len(cases)), [c.replace(", ", "\n", 1) for c in cases], fontsize=8)
     axes.legend(frameon=False, fontsize=8, ncols=min(3, len(names)))
