@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import potstill as ps
 import pytest
 import torch
@@ -100,9 +102,15 @@ COMPOSED = {
 }  # fmt: skip
 
 
+def named(name: str) -> type:
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return getattr(transformers, name)
+
+
 def built(name: str, **config) -> nn.Module:
     """The tiny model with every parameter and bias away from its initial 0 or 1."""
-    cls = getattr(transformers, name)
+    cls = named(name)
     torch.manual_seed(0)
     model = cls(cls.config_class(**config)).eval()
     return shaken(model)
@@ -110,8 +118,7 @@ def built(name: str, **config) -> nn.Module:
 
 def composed(family: str) -> nn.Module:
     name, text, words, vision = COMPOSED[family]
-    text_config = getattr(transformers, text)(**words)
-    return built(name, text_config=text_config, vision_config=getattr(transformers, vision)(**VISION))
+    return built(name, text_config=named(text)(**words), vision_config=named(vision)(**VISION))
 
 
 @torch.no_grad()
@@ -125,7 +132,9 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def inputs_of(model: nn.Module) -> dict:
     ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
-    inputs = dict(input_ids=ids, use_cache=False)
+    inputs = dict(input_ids=ids)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids.flip(-1)
     return inputs
@@ -172,6 +181,8 @@ def head_input(model: nn.Module, inputs: dict) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pitfall_10_the_head_is_the_models(family):
     name, config, expected = FAMILIES[family]
+    if family == "recurrent_gemma" and transformers.__version__.startswith("4.51"):
+        pytest.skip("of that release it keeps the last batch's state, and its size, whatever use_cache says")
     head = check(built(name, **config), expected.get("pre", 1.0))
     assert head.logit_scale == pytest.approx(expected.get("scale", 1.0))
     assert head.softcap == expected.get("softcap") and (head.bias is not None) == expected.get("bias", False)

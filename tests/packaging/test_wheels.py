@@ -23,6 +23,7 @@ PROBE = (
 
 def call(*command: object, cwd: Path | None = None) -> str:
     environment = {**os.environ, "POTSTILL_CUDA": "0", "POTSTILL_ISAS": "base"}  # one unit a source is enough
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

@@ -83,5 +83,7 @@ def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -
 @torch.no_grad()
 def teacher_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
     """hidden [B, L, D] of `model` on `input_ids` [B, L] without gradients or a key-value cache."""
-    inputs = {**inputs, "use_cache": False}
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    if "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        inputs["use_cache"] = False
     return final_hidden(model, input_ids=input_ids, attention_mask=attention_mask, **inputs)[0]
