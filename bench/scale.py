@@ -5,6 +5,7 @@ Text is the repository's own docs over and over, tokens those of SmolLM2; teache
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -17,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np  # noqa: E402
 import potstill as ps  # noqa: E402
 import torch  # noqa: E402
-from potstill.capture import Document, load_tokenizer, shard_of, token_sequences  # noqa: E402
+from potstill.capture import Document, load_tokenizer, open_text, shard_of, token_sequences  # noqa: E402
 
 VOCAB, K, LENGTH = 151_936, 64, 2048
 
@@ -38,6 +39,20 @@ def tokenising() -> float:
     documents = [Document(str(n), text) for n in range(20)]
     count = sum(len(s.tokens) for s in token_sequences(documents, tokenizer, length=LENGTH))
     return count / cpu(lambda: list(token_sequences(documents, tokenizer, length=LENGTH)))
+
+
+def passing(folder: Path) -> tuple[float, float]:
+    """What a process spends on text that others tokenise: (bytes/s of JSONL, files/s)."""
+    text = "\n".join(p.read_text() for p in sorted(Path("docs").glob("*.md")))
+    lines = [json.dumps({"text": text[n : n + 4000]}) for n in range(0, 200_000, 4000)]
+    (folder / "rows.jsonl").write_text("\n".join(lines * 200))
+    source = open_text(folder)
+    seconds = cpu(lambda: list(token_sequences(source, None, length=LENGTH, owns=lambda size: False)))
+    (folder / "many").mkdir()
+    for n in range(5000):
+        (folder / "many" / f"{n}.txt").write_text("x")
+    names = cpu(lambda: list(token_sequences(open_text(folder / "many"), None, length=LENGTH, owns=lambda size: False)))
+    return source.num_bytes / seconds, 5000 / names
 
 
 def writing(folder: Path) -> tuple[float, float]:
@@ -86,6 +101,9 @@ def main() -> None:
     keys = [f"corpus/part-00001.jsonl:{n}#0" for n in range(100_000)]
     print(f"tokenised and packed: {tokenising():,.0f} tokens/s")
     print(f"owner of a key: {len(keys) / cpu(lambda: [shard_of(k, 512) for k in keys]):,.0f} keys/s")
+    with tempfile.TemporaryDirectory() as folder:
+        line_rate, file_rate = passing(Path(folder))
+    print(f"passed over, tokenised by others: {line_rate / 1e6:,.0f} MB/s of JSONL, {file_rate:,.0f} files/s")
     with tempfile.TemporaryDirectory() as folder:
         rate, size = writing(Path(folder) / "w")
         print(f"encoded and written: {rate:,.0f} tokens/s (these random rows: {size:,.0f} bytes a token)")

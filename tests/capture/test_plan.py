@@ -12,7 +12,8 @@ import numpy as np
 import potstill as ps
 import pytest
 import torch
-from potstill.capture import Shard, build, open_text, rank_and_world, shard_of
+from potstill.capture import Shard, build, open_text, rank_and_world, sequences, shard_of
+from potstill.capture.plan import Groups
 
 from ..forks import exit_code, fork
 
@@ -89,10 +90,34 @@ def test_the_plan_depends_on_keys_alone_and_is_even():
         shard_of("a", 0)
 
 
+def test_teams_share_out_groups_evenly_and_without_asking():
+    sizes = np.random.default_rng(0).integers(1, 1000, 400).tolist()
+    for world, count, teams in (
+        (8, 400, 8),
+        (8, 100, 4),
+        (6, 100, 6),
+        (7, 111, 1),
+        (7, 112, 7),
+        (4, None, 1),
+        (1, 400, 1),
+    ):
+        processes = [Groups(Shard(rank, world), count) for rank in range(world)]
+        assert all(p.teams == teams for p in processes)
+        assert {(p.team, p.within[:2]) for p in processes} == {
+            (team, (rank, world // teams)) for team in range(teams) for rank in range(world // teams)
+        }
+        shares = [0] * teams
+        for size in sizes:
+            owners = {p.team for p in processes if p.owns_next(size)}
+            assert len(owners) == 1
+            shares[owners.pop()] += size
+        assert max(shares) - min(shares) <= 1000
+
+
 OPTIONS = {"k": 8, "length": 32, "pack": False, "batch_size": 2, "commit_seconds": 0.0}
 
 
-def ranks(world, model, tokenizer, corpus, out, reports, *, die_at=None):
+def ranks(world, model, tokenizer, corpus, out, reports, *, die_at=None, **options):
     """`world` forked builds; with die_at[rank], that rank kills itself before so many forward passes. Exit codes."""
     module = sys.modules[build.__module__]
     forward = module._teacher_rows
@@ -109,20 +134,24 @@ def ranks(world, model, tokenizer, corpus, out, reports, *, die_at=None):
             return forward(*args)
 
         module._teacher_rows = mortal
-        report = build(model, tokenizer, open_text(corpus), out, shard=(rank, world), **OPTIONS)
+        report = build(model, tokenizer, open_text(corpus), out, shard=(rank, world), **{**OPTIONS, **options})
         (reports / f"{world}-{rank}.json").write_text(json.dumps(report.new_sequences))
 
     return [exit_code(pid) for pid in [fork(lambda r=r: one(r)) for r in range(world)]]
 
 
-def test_killed_at_world_size_2_and_resumed_with_3(model, tokenizer, corpus, tmp_path):
-    build(model, tokenizer, open_text(corpus), tmp_path / "single", **OPTIONS)
+@pytest.mark.parametrize("group_bytes, pack", [(None, False), (40, False), (40, True)])
+def test_killed_at_world_size_2_and_resumed_with_3(group_bytes, pack, model, tokenizer, corpus, tmp_path, monkeypatch):
+    if group_bytes:  # 55 groups of documents, enough for 3 teams
+        monkeypatch.setattr(sequences, "GROUP_BYTES", group_bytes)
+        assert sequences.groups_of(open_text(corpus), Shard(0, 3), None).teams == 3
+    build(model, tokenizer, open_text(corpus), tmp_path / "single", **{**OPTIONS, "pack": pack})
     single, out = ps.cache.open(tmp_path / "single"), tmp_path / "c"
-    died = ranks(2, model, tokenizer, corpus, out, tmp_path, die_at=[2, 4])
+    died = ranks(2, model, tokenizer, corpus, out, tmp_path, die_at=[2, 4], pack=pack)
     assert died == [-signal.SIGKILL] * 2
     kept = ps.cache.open(out)
     assert 0 < len(kept) < len(single) and kept.verify().ok
-    assert ranks(3, model, tokenizer, corpus, out, tmp_path) == [0, 0, 0]
+    assert ranks(3, model, tokenizer, corpus, out, tmp_path, pack=pack) == [0, 0, 0]
     new = [json.loads((tmp_path / f"3-{rank}.json").read_text()) for rank in range(3)]
     assert min(new) > 0 and sum(new) == len(single) - len(kept), "a committed sequence was built again"
     whole = ps.cache.open(out)

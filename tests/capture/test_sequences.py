@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from potstill.capture import Shard, sequences
 from potstill.capture.sequences import MAX_KEY_BYTES, make_key, token_sequences
 from potstill.capture.text import Document, open_text
 
@@ -63,6 +66,64 @@ def test_a_larger_limit_only_appends(docs, length, limit, pack):
     assert sum(len(t) for _, t in short) <= limit or not short
 
 
+@given(documents, st.integers(1, 9), st.integers(1, 60), st.booleans())
+def test_rows_begin_again_with_each_group_of_documents(docs, length, group_bytes, pack):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "GROUP_BYTES", group_bytes)
+        got = list(token_sequences(docs, Bytes(), length=length, pack=pack))
+    groups, size = [[]], 0
+    for d in docs:
+        if size >= group_bytes:
+            groups, size = [*groups, []], 0
+        groups[-1].append(d)
+        size += len(d.text)
+    want = [s for g in groups for s in token_sequences(g, Bytes(), length=length, pack=pack)]
+    assert [(s.key, s.tokens.tolist()) for s in got] == [(s.key, s.tokens.tolist()) for s in want]
+    assert [s.consumed for s in got] == sorted(s.consumed for s in got)
+
+
+@pytest.mark.parametrize("kind", ["files", "jsonl", "datasets"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_each_process_reads_and_tokenises_its_share_alone(kind, pack, tmp_path, monkeypatch):
+    texts = [f"text {n}: " + "words " * (n % 9) for n in range(200)]
+    if kind == "files":
+        for n, text in enumerate(texts):
+            (tmp_path / f"{n:03d}.txt").write_text(text)
+    elif kind == "jsonl":
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(str(tmp_path))
+    source = open_text(tmp_path)
+    monkeypatch.setattr(sequences, "GROUP_BYTES", source.num_bytes // 100)
+    tokenised: list[str] = []
+
+    class Counting(Bytes):
+        def __call__(self, texts, **_):
+            tokenised.extend(texts)
+            return super().__call__(texts)
+
+    def sequences_of(rank, world):
+        groups = sequences.groups_of(source, Shard(rank, world), None)
+        assert groups.teams == world
+        owns = groups.owns_next if world > 1 else None
+        return list(token_sequences(source, Counting(), length=16, pack=pack, owns=owns))
+
+    def plain(found):
+        return sorted((s.key, s.tokens.tolist(), s.consumed, s.group) for s in found)
+
+    whole = plain(sequences_of(0, 1))
+    assert sorted(tokenised) == sorted(texts)
+    for world in (2, 3, 4):
+        tokenised.clear()
+        shares = [sequences_of(rank, world) for rank in range(world)]
+        assert plain(s for share in shares for s in share) == whole
+        assert sorted(tokenised) == sorted(texts), "a document was tokenised by two processes"
+        assert min(map(len, shares)) > 0.8 * max(map(len, shares))
+    assert sequences.groups_of(source, Shard(0, 4), max_tokens=100).teams == 1
+    assert sequences.groups_of(texts, Shard(0, 4), None).teams == 1
+
+
 def test_no_end_token_where_the_tokenizer_has_none():
     docs = [Document("a", "xy"), Document("b", "z")]
     (row,) = token_sequences(docs, Bytes(None), length=8)
@@ -91,6 +152,8 @@ def test_refusals():
         list(token_sequences([Document("a", "x"), Document("a", "y")], Bytes(), length=4))
     with pytest.raises(ValueError, match="length is 0"):
         list(token_sequences([], Bytes(), length=0))
+    with pytest.raises(ValueError, match="owns and max_tokens"):
+        list(token_sequences([], Bytes(), length=1, max_tokens=1, owns=bool))
 
 
 def test_progress_is_monotone_and_ends_at_the_total(corpus, tokenizer):

@@ -40,6 +40,17 @@ def test_several_inputs_keep_names_apart(corpus, tmp_path):
     assert "other/00.txt" in got and "corpus/part0/00.txt" in got and len(set(got)) == len(got)
 
 
+def test_the_order_and_names_do_not_hang_on_how_the_inputs_are_written(corpus, tmp_path, monkeypatch):
+    (tmp_path / "z.txt").write_text("x")
+    monkeypatch.chdir(corpus)
+    assert list(open_text(["part1", "../z.txt"])) == list(open_text([tmp_path / "z.txt", corpus / "part1"]))
+
+
+def test_two_inputs_of_one_name_are_refused(corpus):
+    with pytest.raises(ValueError, match="two documents are named 'corpus/part0/00.txt'"):
+        open_text([corpus, corpus / "part0" / "00.txt"])
+
+
 def test_one_file_whatever_its_suffix(tmp_path):
     (tmp_path / "notes.log").write_text("hello")
     assert list(open_text(tmp_path / "notes.log")) == [Document("notes.log", "hello", 5)]

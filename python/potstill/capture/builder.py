@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from .. import cache as ps_cache
 from .hidden import teacher_hidden
 from .models import tokenizer_hash
 from .plan import Shard, rank_and_world
-from .sequences import TokenSequence, token_sequences
+from .sequences import TokenSequence, groups_of, token_sequences
 from .text import Document, TextSource
 
 if TYPE_CHECKING:
@@ -127,9 +127,10 @@ def build(
     ends the run early with everything whole committed (`finished=False`).
 
     shard: (i, n) or "i/n" when this is process i of n that fill `out` together (`plan.rank_and_world` asks the
-    launcher); None builds everything. All are given the same texts and options; each does the batches whose first key
-    is its own (`plan.shard_of`), so the folder holds the same rows whatever the number of processes, also when
-    another number continues.
+    launcher); None builds everything. All are given the same texts and options. Of texts from `open_text` that are long
+    enough each process reads and tokenises its own groups of documents (`plan.Groups`), of others everything, and does
+    the batches whose first key is its own (`plan.shard_of`). The folder holds the same rows whatever the number of
+    processes, also when another number continues.
 
     Raises ValueError for k over the vocabulary, no text, or text that changed under a committed key; what the
     writer raises for an existing folder of another spec.
@@ -157,14 +158,15 @@ def build(
         word_ends=word_ends,
     )
     starts = _word_starts(tokenizer, vocab_size) if word_ends else None
-    documents = _documents(texts)
+    groups = groups_of(texts, mine, max_tokens)
     sequences = token_sequences(
-        documents,
+        texts,
         tokenizer,
         length=length,
         pack=pack,
         max_tokens=max_tokens,
         add_special_tokens=add_special_tokens,
+        owns=groups.owns_next if groups.teams > 1 else None,
     )
     started = time.monotonic()
     finished, new_sequences, new_tokens, seen = True, 0, 0, 0
@@ -177,7 +179,7 @@ def build(
         try:
             for batch in _batches(sequences, batch_size):
                 seen += len(batch)
-                if not mine.owns(batch[0].key):
+                if not groups.within.owns(batch[0].key):
                     continue
                 missing = [s.key not in writer for s in batch]
                 present.check([s for s, m in zip(batch, missing, strict=True) if not m])
@@ -194,7 +196,7 @@ def build(
                     committed_at = time.monotonic()
         except KeyboardInterrupt:
             finished = False
-    if seen == 0 and finished:
+    if seen == 0 and finished and groups.teams == 1:
         raise ValueError("no text found: every document is empty, or the first sequence is longer than max_tokens")
     written = ps_cache.open(out)
     return BuildReport(
@@ -219,21 +221,15 @@ def _vocab_size(head: Head) -> int:
     return int(head.vocab_size if head.vocab_size is not None else head.weight.shape[0])
 
 
-def _documents(texts: TextSource | Iterable[Document | str]) -> Iterator[Document]:
-    if isinstance(texts, str):
-        raise TypeError("texts is one string: give a list of texts, documents, or what open_text returns")
-    for number, text in enumerate(texts):
-        yield Document(f"text-{number}", text) if isinstance(text, str) else text
-
-
 def _batches(sequences: Iterator[TokenSequence], batch_size: int) -> Iterator[list[TokenSequence]]:
-    """Batches of neighbours in length, formed inside a fixed window so that they do not depend on what is
-    committed.
+    """Batches of neighbours in length, formed inside a fixed window of a group of documents, so that they depend
+    neither on what is committed nor on which groups a process does.
     """
-    while window := list(islice(sequences, _WINDOW * batch_size)):
-        window.sort(key=lambda s: -len(s.tokens))
-        for start in range(0, len(window), batch_size):
-            yield window[start : start + batch_size]
+    for _, group in groupby(sequences, key=lambda s: s.group):
+        while window := list(islice(group, _WINDOW * batch_size)):
+            window.sort(key=lambda s: -len(s.tokens))
+            for start in range(0, len(window), batch_size):
+                yield window[start : start + batch_size]
 
 
 def _teacher_rows(

@@ -62,7 +62,7 @@ def estimate(a: Assumed, nodes: int) -> dict[str, str]:
         "sequences": f"{a.tokens / a.length:,.0f}",
         "written by a process": f"{_bytes(bytes_ / seconds / processes)}/s",
         "share of a core that encodes and writes": f"{rate / processes / a.written:.0%}",
-        "time in which each process tokenises the whole text": _time(a.tokens / a.tokenised),
+        "time in which a process tokenises its share": _time(a.tokens / a.tokenised / processes),
         "from a server: requests/s": f"{rate / a.length:,.1f}",
         "from a server: JSON received": f"{_bytes(rate * wire)}/s",
         "from a server: processes that parse it": f"{rate / a.parsed:,.0f}",

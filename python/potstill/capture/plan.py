@@ -1,11 +1,13 @@
 """Which process builds what: rank and world size from the launcher, and a plan that depends on keys alone.
 
-A cache folder needs no coordinator: every process walks the same stream of keys and does those that are its own.
+A cache folder needs no coordinator: every process walks the same text and does what is its own. Where there is text
+enough, teams of processes share it out in groups of documents, and each process reads and tokenises its team's alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -42,6 +44,34 @@ def shard_of(key: str, world: int) -> int:
         raise ValueError(f"a world of {world}: at least 1 process is needed")
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"potstill plan").digest()
     return int.from_bytes(digest, "little") % world
+
+
+# A team gets groups of documents that differ by at most one: with so many of them the shares are even within 6 %.
+GROUPS_A_TEAM = 16
+
+
+class Groups:
+    """Which groups of documents process `shard` tokenises; `within` is its place among those that do the same.
+
+    The processes are cut into as many teams of equal size as have GROUPS_A_TEAM groups each, 1 at least; process r is
+    in team r % teams. A group goes to the team that has been given the fewest bytes. So every process of a world finds
+    the same without asking, and which rows there are depends on neither.
+
+    count: groups there will be, about; None or 1 where that is not known: one team, which does everything.
+    """
+
+    def __init__(self, shard: Shard, count: float | None = None) -> None:
+        fits = [d for d in range(1, shard.world + 1) if shard.world % d == 0 and d * GROUPS_A_TEAM <= (count or 1)]
+        self.teams = max(fits, default=1)
+        self.team = shard.rank % self.teams
+        self.within = Shard(shard.rank // self.teams, shard.world // self.teams, shard.source)
+        self._given = [(0, team) for team in range(self.teams)]
+
+    def owns_next(self, size: int) -> bool:
+        """Whether the next group, of so many bytes, is this team's. Every group is asked for, in order."""
+        given, team = self._given[0]
+        heapq.heapreplace(self._given, (given + size, team))
+        return team == self.team
 
 
 def parse_shard(text: str) -> Shard:

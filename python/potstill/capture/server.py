@@ -18,10 +18,10 @@ from .. import cache as ps_cache
 from ..integrations.servers import openai, sglang, vllm
 from ..integrations.servers.http import Client, ServerError, Stopped
 from ..integrations.servers.rows import ServerRows
-from .builder import BuildReport, _Committed, _documents, _Progress
+from .builder import BuildReport, _Committed, _Progress
 from .models import tokenizer_hash
 from .plan import Shard, rank_and_world
-from .sequences import TokenSequence, token_sequences
+from .sequences import TokenSequence, groups_of, token_sequences
 from .server_command import KINDS
 from .text import Document, TextSource
 
@@ -132,15 +132,17 @@ def build_from_server(
         token_log_probs=token_log_probs,
         extra={"length": length, "pack": pack, "server": server.kind},
     )
+    mine = Shard() if shard is None else rank_and_world(shard, {})
+    groups = groups_of(texts, mine, max_tokens)
     sequences = token_sequences(
-        _documents(texts),
+        texts,
         tokenizer,
         length=length,
         pack=pack,
         max_tokens=max_tokens,
         add_special_tokens=add_special_tokens,
+        owns=groups.owns_next if groups.teams > 1 else None,
     )
-    mine = Shard() if shard is None else rank_and_world(shard, {})
     started = time.monotonic()
     run = _Run(max_invalid)
     present = _Committed(Path(out))
@@ -155,7 +157,7 @@ def build_from_server(
             nonlocal seen
             for sequence in sequences:
                 seen += 1
-                if not mine.owns(sequence.key):
+                if not groups.within.owns(sequence.key):
                     continue
                 if sequence.key in writer:
                     present.check([sequence])
@@ -174,7 +176,7 @@ def build_from_server(
                     committed_at = time.monotonic()
         except KeyboardInterrupt:
             finished = False
-    if seen == 0 and finished:
+    if seen == 0 and finished and groups.teams == 1:
         raise ValueError("no text found: every document is empty, or the first sequence is longer than max_tokens")
     written = ps_cache.open(out)
     return ServerReport(

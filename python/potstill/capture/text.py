@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 _DATASET_FILES = ("dataset_dict.json", "dataset_info.json")
+
+
+# what a row of a data set counts as in bytes, where it has not been read
+ROW_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -26,22 +31,42 @@ class Document:
     size: int = 0
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A document that need not have been read. `num_bytes`: of its text, about; the same whoever asks.
+
+    read: its text, or None where it is not UTF-8.
+    """
+
+    name: str
+    size: int
+    num_bytes: int
+    read: Callable[[], str | None]
+
+
 @dataclass
 class TextSource:
     """An iterable of `Document`, in an order that depends only on the data.
 
-    `size` is the total of the documents' sizes when it is known beforehand (for a progress bar), else None.
-    `skipped` fills while iterating: names of files that are not UTF-8.
+    `size` is the total of the documents' sizes when it is known beforehand (for a progress bar), else None;
+    `num_bytes` that of `Entry.num_bytes`. `skipped` fills while iterating: names of files that are not UTF-8.
     """
 
     parts: list[_File | _Rows]
     size: int | None
+    num_bytes: int
     skipped: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Document]:
+        for entry in self.entries():
+            if (text := entry.read()) is not None:
+                yield Document(entry.name, text, entry.size)
+
+    def entries(self) -> Iterator[Entry]:
+        """The documents by name and size, to be read one by one. Of JSONL a line is in memory, of the rest nothing."""
         self.skipped.clear()
         for part in self.parts:
-            yield from part.documents(self.skipped)
+            yield from part.entries(self.skipped)
 
 
 @dataclass(frozen=True)
@@ -50,31 +75,36 @@ class _File:
     name: str
     text_field: str
 
-    def documents(self, skipped: list[str]) -> Iterator[Document]:
+    @cached_property
+    def num_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def entries(self, skipped: list[str]) -> Iterator[Entry]:
         if self.path.suffix == ".jsonl":
             yield from self._lines()
-            return
-        data = self.path.read_bytes()
+        else:
+            yield Entry(self.name, self.num_bytes, self.num_bytes, partial(self._read, skipped))
+
+    def _read(self, skipped: list[str]) -> str | None:
         try:
-            text = data.decode("utf-8-sig")
+            return self.path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             skipped.append(self.name)
-            return
-        yield Document(self.name, text, len(data))
+            return None
 
-    def _lines(self) -> Iterator[Document]:
+    def _lines(self) -> Iterator[Entry]:
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise ValueError(
-                        f"{self.path}, line {number}: not JSON ({e}); JSONL needs one JSON object a line"
-                    ) from e
-                where = f"{self.path}, line {number}"
-                yield Document(f"{self.name}:{number}", _text_of(row, self.text_field, where), len(line))
+                if line.strip():
+                    read = partial(self._text, line, f"{self.path}, line {number}")
+                    yield Entry(f"{self.name}:{number}", len(line), len(line), read)
+
+    def _text(self, line: bytes, where: str) -> str:
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{where}: not JSON ({e}); JSONL needs one JSON object a line") from e
+        return _text_of(row, self.text_field, where)
 
 
 @dataclass(frozen=True)
@@ -83,10 +113,43 @@ class _Rows:
     name: str
     text_field: str
 
-    def documents(self, skipped: list[str]) -> Iterator[Document]:
-        for number, row in enumerate(self.rows):
-            where = f"{self.name}, row {number}"
-            yield Document(f"{self.name}:{number}", _text_of(row, self.text_field, where), 1)
+    @property
+    def num_bytes(self) -> int:
+        return ROW_BYTES * len(self.rows)
+
+    def entries(self, skipped: list[str]) -> Iterator[Entry]:
+        for number in range(len(self.rows)):
+            yield Entry(f"{self.name}:{number}", 1, ROW_BYTES, partial(self._text, number))
+
+    def _text(self, number: int) -> str:
+        return _text_of(self.rows[number], self.text_field, f"{self.name}, row {number}")
+
+
+def entries_of(texts: TextSource | Iterable[Document | str]) -> Iterator[Entry]:
+    """Entries of a source, of documents, or of plain strings, which are named by their position.
+
+    Raises ValueError for two documents of one name, which only a source rules out by itself.
+    """
+    if isinstance(texts, TextSource):
+        yield from texts.entries()
+        return
+    if isinstance(texts, str):
+        raise TypeError("texts is one string: give a list of texts, documents, or what open_text returns")
+    seen: set[str] = set()
+    for number, given in enumerate(texts):
+        document = Document(f"text-{number}", given) if isinstance(given, str) else given
+        if document.name in seen:
+            raise _same_name(document.name)
+        seen.add(document.name)
+        yield Entry(document.name, document.size, len(document.text), partial(_identity, document.text))
+
+
+def _identity(text: str) -> str:
+    return text
+
+
+def _same_name(name: str) -> ValueError:
+    return ValueError(f"two documents are named {name!r}: a name must identify one text")
 
 
 def _text_of(row: Any, text_field: str, where: str) -> str:
@@ -111,8 +174,8 @@ def open_text(
     inside a folder hidden entries and `__pycache__` are left out. Names are relative to the data root: the
     folder itself, a file's own folder, or the common parent when several inputs are given.
 
-    Raises FileNotFoundError for a missing input and ValueError where there is no text or no field
-    `text_field`.
+    Raises FileNotFoundError for a missing input and ValueError where there is no text, no field `text_field`, or
+    where two inputs have one name.
     """
     paths = [Path(data)] if isinstance(data, (str, os.PathLike)) else [Path(d) for d in data]
     if not paths:
@@ -122,34 +185,35 @@ def open_text(
             raise FileNotFoundError(
                 f"{path} does not exist: DATA is a text file, a folder, a .jsonl file or a datasets folder"
             )
+    paths = sorted({Path(os.path.abspath(path)) for path in paths})  # whatever the working directory
     wanted = tuple(s if s.startswith(".") else f".{s}" for s in suffixes)
     root = paths[0] if paths[0].is_dir() else paths[0].parent
     if len(paths) > 1:
-        root = Path(os.path.commonpath([p.absolute().parent for p in paths]))
+        root = Path(os.path.commonpath([p.parent for p in paths]))
 
     parts: list[_File | _Rows] = []
-    for path in sorted(set(paths)):
+    for path in paths:
         if path.is_dir() and any((path / name).is_file() for name in _DATASET_FILES):
             parts += _dataset_parts(path, text_field)
         elif path.is_dir():
-            parts += [_File(p, _relative(p, root), text_field) for p in _walk(path, wanted)]
+            parts += [_File(p, p.relative_to(root).as_posix(), text_field) for p in _walk(path, wanted)]
         else:
-            parts.append(_File(path, _relative(path, root), text_field))
+            parts.append(_File(path, path.relative_to(root).as_posix(), text_field))
     if not parts:
         raise ValueError(
             f"no text found in {', '.join(map(str, paths))}: no file ends in {' '.join(wanted)} (see --suffix)"
         )
+    names: set[str] = set()
+    for part in parts:
+        if part.name in names:
+            raise _same_name(part.name)
+        names.add(part.name)
+    total = sum(p.num_bytes for p in parts)
     if all(isinstance(p, _File) for p in parts):
-        return TextSource(parts, sum(p.path.stat().st_size for p in parts if isinstance(p, _File)))
+        return TextSource(parts, total, total)
     if all(isinstance(p, _Rows) for p in parts):
-        return TextSource(parts, sum(len(p.rows) for p in parts if isinstance(p, _Rows)))
-    return TextSource(parts, None)
-
-
-def _relative(path: Path, root: Path) -> str:
-    if not path.is_relative_to(root):
-        path = path.absolute()
-    return path.relative_to(root if path.is_relative_to(root) else root.absolute()).as_posix()
+        return TextSource(parts, sum(len(p.rows) for p in parts if isinstance(p, _Rows)), total)
+    return TextSource(parts, None, total)
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
