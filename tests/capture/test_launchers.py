@@ -63,10 +63,22 @@ def launch(launcher, model_folder, texts, out, **environ):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_torchrun(model_folder, texts, single, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     said = launch([*torchrun, "--module", "potstill.cli"], model_folder, texts, tmp_path / "c")
+    assert all(f"part {rank}/2 (torchrun or accelerate)" in said for rank in range(2))
+    assert_equal(single, tmp_path / "c")
+
+
+@pytest.mark.slow
+def test_accelerate_launch(model_folder, texts, single, tmp_path):
+    """accelerate starts torchrun, so this is both."""
+    words = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    words += ["--main_process_port=0", "--module", "potstill.cli"]  # several processes of one machine, cards or not
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    home = str(tmp_path / "home")  # no configuration of the machine's user
+    said = launch(accelerate, model_folder, texts, tmp_path / "c", HF_HOME=home)
     assert all(f"part {rank}/2 (torchrun or accelerate)" in said for rank in range(2))
     assert_equal(single, tmp_path / "c")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import click
@@ -70,6 +72,14 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 )
 @click.option("--shard-mb", default=64, show_default=True, help="Size at which a shard is committed.")
 @click.option("--commit-seconds", default=300.0, show_default=True, help="Longest time between commits.")
+@click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    type=click.Choice(["local", "ray"]),
+    help="Build here, or by --workers actors of a Ray cluster that see DATA and OUT (RAY_ADDRESS, else this machine).",
+)
+@click.option("--workers", default=1, show_default=True, help="Ray actors (--engine ray), with a GPU each.")
 @server_command.server_options
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
@@ -79,8 +89,8 @@ def build(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:
     DATA is any number of text files, folders, .jsonl files or folders saved by datasets. Run the same command
     again to continue after Ctrl-C or a crash: nothing is repeated and nothing is lost.
 
-    Many processes may fill one OUT at once, under torchrun, accelerate or srun, or started by hand with --shard.
-    Another number of processes may continue.
+    Many processes may fill one OUT at once, under torchrun, accelerate or srun, on a Ray cluster (--engine ray), or
+    started by hand with --shard. Another number of processes may continue.
 
     With --server URL the rows are asked of a running vLLM, SGLang or OpenAI-like server: MODEL is then the name under
     which it serves the teacher, and the tokenizer is loaded from there or from --tokenizer.
@@ -110,10 +120,15 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
         raise ValueError("--k, --length, --batch-size and --shard-mb must be at least 1")
     mine = rank_and_world(o["shard"])
     server_command.check(o)
+    _check_engine(o, mine)
     texts = open_text(data, text_field=o["text_field"], suffixes=o["suffixes"] or SUFFIXES)
     with _terminate_as_interrupt():
-        run = server_command.run if o["server"] else _run_local
-        report = run(model, texts, out, o, mine)
+        if o["engine"] == "ray":
+            report = _run_ray(model, data, out, o)
+            texts.skipped.extend(report.skipped)
+        else:
+            run = server_command.run if o["server"] else _run_local
+            report = run(model, texts, out, o, mine)
     rate = report.new_tokens / report.seconds if report.seconds else 0.0
     click.echo(
         f"{report.path}: {report.sequences:,} sequences, {report.tokens:,} tokens, {_size(report.bytes)}, "
@@ -133,40 +148,66 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
     return bool(report.finished)
 
 
+def _check_engine(o: dict[str, Any], mine: Shard) -> None:
+    if o["workers"] < 1 or (o["workers"] > 1 and o["engine"] != "ray"):
+        raise ValueError(f"--workers is {o['workers']}: at least 1 is needed, and --engine ray for more than one")
+    if o["engine"] == "ray" and (o["server"] or mine.world > 1):
+        raise ValueError("--engine ray shares the work itself: it goes with neither --server, --shard nor a launcher")
+
+
 def _run_local(model: str, texts: Any, out: str, o: dict[str, Any], mine: Shard) -> Any:
     from .builder import build as run_build
     from .models import load_model
 
-    loaded = load_model(
-        model,
-        tokenizer=o["tokenizer"],
-        revision=o["revision"],
-        dtype=o["dtype"],
-        device=o["device"],
-        trust_remote_code=o["trust_remote_code"],
-    )
+    loaded = load_model(model, tokenizer=o["tokenizer"], **_model_options(o))
     return run_build(
         loaded.model,
         loaded.tokenizer,
         texts,
         out,
-        k=o["k"],
-        length=o["length"],
-        pack=o["pack"],
-        values=o["values"],
-        temperatures=(1.0, *(t for t in o["temperatures"] if t != 1)),
-        token_log_probs=o.get("token_log_probs", False),
-        word_ends=o.get("word_ends", False),
-        batch_size=o["batch_size"],
-        max_tokens=o["max_tokens"],
-        add_special_tokens=not o["no_special_tokens"],
-        shard_bytes=o["shard_mb"] << 20,
-        commit_seconds=o["commit_seconds"],
         shard=mine,
         teacher=loaded.name,
         teacher_revision=loaded.revision,
         progress=not o["quiet"] and mine.rank == 0,
+        **_build_options(o),
     )
+
+
+def _run_ray(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> Any:
+    from .models import load_model
+    from .text import open_text
+
+    try:
+        from ..integrations.ray import build_parts
+    except ImportError as e:
+        raise ValueError(f"--engine ray needs Ray Data ({e}): pip install 'potstill[ray]'") from e
+    # a worker has a working directory of its own, and sees the GPU that is its own alone
+    places = tuple(os.path.abspath(d) for d in data)
+    model, tokenizer = (os.path.abspath(m) if m and os.path.exists(m) else m for m in (model, o["tokenizer"]))
+    device = "cuda" if o["device"] and o["device"].startswith("cuda") else o["device"]
+    return build_parts(
+        partial(load_model, model, tokenizer=tokenizer, **_model_options(o) | {"device": device}),
+        partial(open_text, places, text_field=o["text_field"], suffixes=o["suffixes"] or SUFFIXES),
+        out,
+        workers=o["workers"],
+        num_gpus=None if device is None else float(device == "cuda"),
+        **_build_options(o),
+    )
+
+
+def _model_options(o: dict[str, Any]) -> dict[str, Any]:
+    return {name: o[name] for name in ("revision", "dtype", "device", "trust_remote_code")}
+
+
+def _build_options(o: dict[str, Any]) -> dict[str, Any]:
+    same = ("k", "length", "pack", "values", "batch_size", "max_tokens", "commit_seconds")
+    return {name: o[name] for name in same} | {
+        "temperatures": (1.0, *(t for t in o["temperatures"] if t != 1)),
+        "token_log_probs": o.get("token_log_probs", False),
+        "word_ends": o.get("word_ends", False),
+        "add_special_tokens": not o["no_special_tokens"],
+        "shard_bytes": o["shard_mb"] << 20,
+    }
 
 
 @contextlib.contextmanager
