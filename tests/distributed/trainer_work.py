@@ -82,10 +82,13 @@ def same(found: dict, expected: dict, scale: float = 1.0) -> None:
 
 
 def work(rank: int, world: int, folder: str) -> None:
-    """Both in the same processes: importing transformers costs more than all of the training."""
+    """All in the same processes: importing transformers costs more than all of the training."""
+    from tensor_work import tensor_parallel
+
     processes(rank, world)
     data_parallel(rank, world, folder)
     fsdp2(rank, world, folder)
+    tensor_parallel(rank, world, f"{folder}-models")
 
 
 def data_parallel(rank: int, world: int, folder: str) -> None:
