@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import potstill as ps
 import pytest
@@ -119,6 +120,22 @@ def test_replace_one_is_a_full_recompute(model, batch, order):
     assert got[LAYERS[0], "b"] < got[LAYERS[0], "a"]
     # nothing of the exchange is left
     assert kl_of(model, copy.deepcopy(model), batch) == pytest.approx(0, abs=1e-12)
+
+
+def test_sums_of_scores_rank_whole_choices(model, batch):
+    """One candidate a layer: the sum of their scores orders the choices as the assembled models' divergence does."""
+    candidates = {
+        name: {str(by): changed(model.get_submodule(name), 10 * i, by) for by in (0.03, 0.1)}
+        for i, name in enumerate(LAYERS)
+    }
+    scores = blocks.replace_one_scores(model, candidates, [batch], run, score_with(ps.Head.from_model(model)))
+    sums, whole = [], []
+    for labels in itertools.product(("0.03", "0.1"), repeat=len(LAYERS)):
+        choice = dict(zip(LAYERS, labels, strict=True))
+        sums.append(sum(scores[name, label] for name, label in choice.items()))
+        whole.append(kl_of(blocks.assembled(model, {n: candidates[n][x] for n, x in choice.items()}), model, batch))
+    ranks = [torch.tensor(x).argsort().argsort().double() for x in (sums, whole)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.8, (sums, whole)
 
 
 def test_known_prefixes_are_not_computed_again(model, batch):

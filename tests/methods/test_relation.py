@@ -8,6 +8,7 @@ import potstill as ps
 import pytest
 import torch
 import torch.nn.functional as F
+from potstill.methods import self_relation
 from potstill.methods.relation import attention_kl, attention_mse, gram_loss, relation_kl, span_product_loss
 
 B, N, D, E = 2, 11, 4, 6
@@ -134,8 +135,15 @@ def test_attention_maps(agree):
     assert attention_kl(t, t).abs() < 1e-12
 
 
+@pytest.fixture(params=["short", "long"])
+def either_form(request, monkeypatch):
+    """Both ways to run a relation: many heads in a product, and one at a time."""
+    monkeypatch.setattr(self_relation, "LONG", 0 if request.param == "long" else 1 << 20)
+    monkeypatch.setitem(self_relation.ENTRIES, "cpu", 3 * N * N)  # three heads, then what is left
+
+
 @pytest.mark.parametrize("heads", [1, 2])
-def test_relation_kl(heads, agree):
+def test_relation_kl(heads, agree, either_form):
     s, t, mask = states()
     g = torch.Generator().manual_seed(6)
     keys = torch.randn(B, N, D, generator=g, dtype=torch.float64, requires_grad=True)
@@ -155,8 +163,20 @@ def test_relation_kl(heads, agree):
     agree(found, plain(keys, t_keys), [s, keys])
     none = relation_kl(s, t, token_mask=torch.zeros_like(mask))
     assert none == 0 and (torch.autograd.grad(none, s)[0] == 0).all()
+    whole = relation_kl(s, t, heads=heads, divergence="reverse_kl")
+    mask = torch.ones_like(mask)
+    agree(whole, relation_kl(s, t, heads=heads, token_mask=mask, divergence="reverse_kl"), [s])
     with pytest.raises(ValueError, match="cannot be cut into 3"):
         relation_kl(s, t, heads=3)
+
+
+def test_positions_out_of_a_relation_may_hold_anything(either_form):
+    s, t, mask = states()
+    bad = s.detach().masked_fill(~mask[..., None], math.nan).requires_grad_()
+    found = relation_kl(bad, t.masked_fill(~mask[..., None], math.nan), heads=2, token_mask=mask)
+    torch.testing.assert_close(found, relation_kl(s, t, heads=2, token_mask=mask), rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(found, bad)
+    assert grad.isfinite().all() and (grad[~mask] == 0).all() and (grad[mask] != 0).any()
 
 
 @pytest.mark.parametrize("distance", ["l1", "squared"])
@@ -198,7 +218,7 @@ def test_span_products_and_self_relations_in_pieces(largest):
 
 
 @pytest.mark.parametrize("loss", ["relation_kl", "span_products", "attention_mse", "attention_kl"])
-def test_bf16_is_no_worse_than_plain_torch(loss, no_worse):
+def test_bf16_is_no_worse_than_plain_torch(loss, no_worse, either_form):
     g = torch.Generator().manual_seed(8)
     s, w, ts, tw = (
         torch.randn(*shape, generator=g).bfloat16() for shape in ((1, 24, 16), (40, 16), (1, 24, 8), (40, 8))

@@ -10,7 +10,7 @@ from potstill.methods.contrastive import Queue
 from potstill.methods.ema import EMA
 from potstill.methods.recipes import embeddings
 
-from .world import B, Case, H, T, World, ce, check_falls, check_formula, infonce, kl, mean, soft_ce
+from .world import B, Case, H, T, World, ce, check_falls, check_formula, check_rounded, infonce, kl, mean, soft_ce
 
 C, D = 3, 16
 PROJECTOR = {"p": (D, D)}
@@ -216,6 +216,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient(name):
     check_formula(CASES[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_lower_precision(name, dtype):
+    check_rounded(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -11,7 +11,7 @@ from potstill.methods.hidden import uniform_pairs
 from potstill.methods.recipes import layers
 from torch import nn
 
-from .world import B, Case, E, H, T, World, ce, check_falls, check_formula, kl, mean, soft_ce
+from .world import B, Case, E, H, T, World, ce, check_falls, check_formula, check_rounded, kl, mean, soft_ce
 
 VISUAL = torch.arange(T) < 5
 PROJECTOR = {"p0": (E, H), "p1": (E, H)}
@@ -174,6 +174,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient(name):
     check_formula(CASES[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_lower_precision(name, dtype):
+    check_rounded(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

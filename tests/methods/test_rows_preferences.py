@@ -11,7 +11,7 @@ from potstill.methods.preference import agreement_ranking, sequence_logprobs
 from potstill.methods.recipes import preferences
 from potstill.methods.samplers import percentile_keep
 
-from .world import B, Case, T, World, ce, check_falls, check_formula, mean, soft_ce
+from .world import B, Case, T, World, ce, check_falls, check_formula, check_rounded, mean, soft_ce
 
 N = B // 2
 
@@ -95,6 +95,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient(name):
     check_formula(CASES[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_lower_precision(name, dtype):
+    check_rounded(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -17,7 +17,7 @@ from potstill.methods.command import BEGIN, END, markdown
 from potstill.methods.recipes import text
 
 from . import test_rows_embeddings, test_rows_encoders, test_rows_layers, test_rows_preferences, test_rows_tokens
-from .world import B, Case, H, World, ce, check_falls, check_formula, mean
+from .world import B, Case, H, World, ce, check_falls, check_formula, check_rounded, mean
 
 ROOT = Path(__file__).parents[2]
 VOTES = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -62,6 +62,12 @@ def test_value_and_gradient(name):
     check_formula(CASES[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_lower_precision(name, dtype):
+    check_rounded(CASES[name], dtype)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_falls(name):
     check_falls(CASES[name])
@@ -103,6 +109,12 @@ def test_the_catalog_has_77_rows_of_which_70_run():
         assert r.status == "whole" or r.note, f"row {r.number} is in part or out of scope and does not say why"
 
 
+def test_every_row_names_its_paper_by_a_number_of_its_own():
+    sources = [r.source for r in ps.methods.catalog()]
+    assert all(re.fullmatch(r"arXiv:\d{4}\.\d{5}", source) for source in sources), sources
+    assert len(set(sources)) == 77
+
+
 def test_every_runnable_row_has_a_test():
     """A case, or a test of its own, by the row's number."""
     modules = (test_rows_tokens, test_rows_layers, test_rows_encoders, test_rows_embeddings, test_rows_preferences)
@@ -115,7 +127,7 @@ def test_every_runnable_row_has_a_test():
 
 def test_docstrings_say_how_well_a_formula_is_known():
     for r in ps.methods.catalog():
-        for call in r.calls[:1]:
+        for call in r.calls:
             assert r.paper in call.__doc__ and f"Formula: {r.knowledge}." in " ".join(call.__doc__.split()), r.number
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -45,33 +46,46 @@ class Net(nn.Module):
 class World:
     """layers [3 x (B, T, H)], maps [2 x (B, heads, T, T)], weight (V, H); t_layers (E wide), t_maps, t_weight; extras.
 
-    In fp64 the layers and maps are leaves; in fp32 they come from the net, which trains.
+    In fp64 the layers and maps are leaves; in fp32 they come from the net, which trains. With `rounded` every number is
+    made in fp64 and rounded to it before it is taken to `dtype`, leaves too: the same inputs in two dtypes.
     """
 
-    def __init__(self, dtype: torch.dtype, extras: dict[str, tuple[int, ...]], seed: int = 0):
+    def __init__(
+        self, dtype: torch.dtype, extras: dict[str, tuple[int, ...]], seed: int = 0, rounded: torch.dtype | None = None
+    ):
         torch.manual_seed(seed)
-        self.dtype = dtype
-        self.net, self.teacher_net = Net(H, 1.0).to(dtype), Net(E, 3.0).to(dtype).requires_grad_(False)
+        self.dtype, self.rounded, self.seed = dtype, rounded, seed
+        made = dtype if rounded is None else torch.float64
+        self.net, self.teacher_net = Net(H, 1.0).to(made), Net(E, 3.0).to(made).requires_grad_(False)
         self.tokens = torch.randint(0, V, (B, T))
         self.labels = torch.cat([self.tokens[:, 1:], torch.full((B, 1), -100)], 1)
         self.labels[0, 2], self.labels[3, 4:] = -100, -100
         self.keep = self.labels != -100
         self.classes = torch.arange(B) % 3
-        self.t_layers, self.t_maps = self.teacher_net(self.tokens)
-        self.t_hidden, self.t_weight = self.t_layers[-1], self.teacher_net.head
+        self.t_layers, self.t_maps = ([self.given(x) for x in xs] for xs in self.teacher_net(self.tokens))
+        self.t_hidden, self.t_weight = self.t_layers[-1], self.given(self.teacher_net.head)
         self.teacher = ps.HiddenTeacher(self.t_hidden, ps.Head(self.t_weight))
         self.zt = self.t_hidden @ self.t_weight.t()
-        self.extras = {name: nn.Parameter(0.3 * torch.randn(shape, dtype=dtype)) for name, shape in extras.items()}
-        self.fixed = torch.Generator().manual_seed(seed + 1)
+        self.extras = {
+            name: nn.Parameter(self.given(0.3 * torch.randn(shape, dtype=made))) for name, shape in extras.items()
+        }
         self.constants: dict[object, Tensor] = {}
-        self.refresh(leaves=dtype == torch.float64)
+        self.refresh(leaves=dtype == torch.float64 or rounded is not None)
+
+    def given(self, x: Tensor) -> Tensor:
+        """A number that the formula is given: rounded, then in the dtype of this world."""
+        return (x if self.rounded is None else x.to(self.rounded)).to(self.dtype)
 
     def refresh(self, leaves: bool = False) -> None:
         """The student's states anew."""
         self.layers, self.maps = self.net(self.tokens)
         self.weight = self.net.head
         if leaves:
-            self.layers, self.maps = ([x.detach().requires_grad_() for x in xs] for xs in (self.layers, self.maps))
+            self.layers, self.maps = (
+                [self.given(x.detach()).requires_grad_() for x in xs] for xs in (self.layers, self.maps)
+            )
+            if self.rounded is not None:
+                self.weight = self.given(self.weight.detach()).requires_grad_()
 
     @property
     def hidden(self) -> Tensor:
@@ -97,7 +111,8 @@ class World:
         """Random numbers that stay the same for a name and shape."""
         key = (name, shape)
         if key not in self.constants:
-            self.constants[key] = torch.randn(*shape, generator=self.fixed, dtype=torch.float64).to(self.dtype)
+            g = torch.Generator().manual_seed(zlib.crc32(repr((self.seed, key)).encode()))
+            self.constants[key] = self.given(torch.randn(*shape, generator=g, dtype=torch.float64))
         return self.constants[key]
 
     def features(self, layer: int = -1, width: int = 16) -> Tensor:
@@ -136,6 +151,28 @@ def check_formula(case: Case) -> None:
         moved += largest > 0
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-10 * largest + 1e-14)
     assert moved, "no gradient reaches anything"
+
+
+def check_rounded(case: Case, dtype: torch.dtype) -> None:
+    """Inputs of lower precision, value and gradients against the formula in fp64 at the same rounded inputs.
+
+    No further off than three times plain torch in the same dtype, and 1e-6 of the largest entry (of 16 bits: two
+    roundings, that of what is returned and of a scalar on its way).
+    """
+    worlds = [World(d, case.extras, rounded=dtype) for d in (dtype, dtype, torch.float64)]
+    found = []
+    for w, f in zip(worlds, (case.call, case.plain, case.plain), strict=True):
+        value = f(w)
+        grads = torch.autograd.grad(value, w.leaves, allow_unused=True)
+        rows = [torch.zeros_like(x) if g is None else g for x, g in zip(w.leaves, grads, strict=True)]
+        found.append([value.detach(), *rows])
+    floor = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for place, (got, plain, truth) in enumerate(zip(*found, strict=True)):
+        errors = [(x.double() - truth).abs().max().item() for x in (got, plain)]
+        largest = truth.abs().max().item()
+        assert errors[0] <= 3 * errors[1] + floor * largest, (
+            f"place {place}: {errors[0]:.3e} off {largest:.3e}, plain torch {errors[1]:.3e}"
+        )
 
 
 def check_falls(case: Case, steps: int = 8) -> None:

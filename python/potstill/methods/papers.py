@@ -81,12 +81,14 @@ def row(
     number: int, paper: str, source: str, *, family: str, formula: str, knowledge: str, status: str = "whole",
     note: str = "", also: tuple[Callable[..., Any], ...] = (),
 ) -> Callable[[F], F]:  # fmt: skip
-    """Enter the decorated recipe, and `also` others, as the calls of a paper; its docstring then names the paper."""
+    """Enter the decorated recipe, and `also` others, as the calls of a paper; their docstrings then name the paper."""
 
     def enter_row(recipe: F) -> F:
-        enter(Row(number, paper, source, family, formula, knowledge, status, note, (recipe, *also)))
-        lines = inspect.cleandoc(recipe.__doc__ or "")
-        recipe.__doc__ = f"{lines}\n\n{paper} ({source}). Formula: {knowledge}." + (f" {note}" if note else "")
+        calls: tuple[Callable[..., Any], ...] = (recipe, *also)
+        enter(Row(number, paper, source, family, formula, knowledge, status, note, calls))
+        for call in calls:
+            said = f"{paper} ({source}). Formula: {knowledge}." + (f" {note}" if note and call is recipe else "")
+            call.__doc__ = f"{inspect.cleandoc(call.__doc__ or '')}\n\n{said}"
         return recipe
 
     return enter_row

@@ -16,9 +16,10 @@ from torch.nn.functional import linear
 from potstill import gemm
 from potstill.arguments import check_choice, promote, row_coefficients
 from potstill.divergences import Divergence
-from potstill.losses import distill_loss, linear_distill_loss
+from potstill.losses import distill_loss
 from potstill.methods.gram import gram
 from potstill.methods.hidden import reduced, unit, wide
+from potstill.methods.self_relation import relation_sum
 from potstill.reference.rows import apply_side
 from potstill.rows import Side
 from potstill.teachers import Head, HiddenTeacher, LogitsTeacher
@@ -124,8 +125,8 @@ def relation_kl(
     heads: both widths are cut into that many relation heads of d = D / heads; student and teacher need not have as many
         attention heads.
     token_mask: bool [B, L]; positions left out are neither queries nor keys.
-    Runs as a fused linear loss whose head is the sequence itself, one head of a sequence at a time: no L x L matrix is
-    held. Equals, for one head of one sequence,
+    Short sequences run as products of many heads, two megabytes of relations at a time; long ones as fused linear
+    losses whose head is the sequence itself, with no L x L matrix. Equals, for one head of one sequence,
     `F.kl_div((s @ s.T / d_s**0.5).log_softmax(-1), (t @ t.T / d_t**0.5).log_softmax(-1), log_target=True,
     reduction="sum") / L`. No causal mask: for causal maps use attention_kl.
     """
@@ -137,19 +138,8 @@ def relation_kl(
     sides = (student, keys, teacher, teacher if teacher_keys is None else teacher_keys)
     if bad := [x.shape[-1] for x in sides if x.shape[-1] % heads]:
         raise ValueError(f"a width of {bad[0]} cannot be cut into {heads} relation heads")
-    total: Any = wide(student[:0]).sum()
-    rows = 0
-    for b in range(len(student)):
-        parts = [x[b] if token_mask is None else x[b][token_mask[b]] for x in sides]
-        rows += len(parts[0])
-        if not len(parts[0]):
-            continue
-        for q, k, tq, tk in zip(*(x.reshape(len(x), heads, -1).unbind(1) for x in parts), strict=True):
-            head, t_head = (Head(x, logit_scale=x.shape[-1] ** -0.5) for x in (k, tk.detach()))
-            total = total + linear_distill_loss(
-                q, head, HiddenTeacher(tq, t_head), divergence=divergence, reduction="sum"
-            )
-    return total / max(1, rows * heads)
+    rows = torch.tensor(student[..., 0].numel()) if token_mask is None else token_mask.sum()
+    return relation_sum(sides, heads, token_mask, divergence) / (heads * rows).clamp(min=1)
 
 
 def span_product_loss(

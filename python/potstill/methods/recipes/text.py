@@ -36,11 +36,7 @@ TEXT = {
     55: ("Clinical Camel", "arXiv:2305.12031", "dialogues written from articles"),
     56: ("Visual program distillation", "arXiv:2312.03052", "the runs of programs that were right"),
     57: ("TSMMG", "arXiv:2403.13244", "pairs of text and molecule"),
-    58: (
-        "Distilling numerical programs",
-        "program distillation for numerical reasoning",
-        "programs that ran to the answer",
-    ),
+    58: ("Program distillation for numerical reasoning", "arXiv:2305.18170", "programs that ran to the answer"),
     59: ("Distillation for adverse drug events", "arXiv:2307.06439", "labels of a language model"),
     60: ("Impossible Distillation", "arXiv:2305.16635", "pairs of sentences that passed its filters"),
     61: ("SleepCoT", "arXiv:2410.16924", "chains of thought"),
@@ -81,10 +77,11 @@ def labels_and_rationales(
 
 
 @row(
-    70, "Multi-hop self-distillation of vision-language models", "self-distillation of ensembled traces", family="D",
+    70, "Multi-hop self-distillation of vision-language models", "arXiv:2503.01754", family="D",
     knowledge=ABSTRACT, status="part",
     formula="CE on its own ensembled traces, or MSE to the hidden states of the run with the trace",
-    note="Which of the two was not at hand; the modules that intervene in the hidden states are outside.",
+    note="Which of the two was not at hand (the abstract speaks of traces in the form of hidden states); the modules "
+    "that intervene in them are outside.",
 )  # fmt: skip
 def traces(
     student_hidden: Tensor, student_head: Head | Tensor, labels: Tensor, *, traced_hidden: Tensor | None = None,
