@@ -112,6 +112,12 @@ class Encoder:
         from potstill.arguments import check_ids
 
         self.call.check_rows("the teacher's ids", t.ids, 1)
+        if t.k == 0:
+            raise ValueError(
+                "the TopK has rows without entries (k = 0), as a cache of `potstill build --xtok` or `potstill score`; "
+                "they hold the realised tokens' log-probabilities alone, for potstill.xtok.alm_loss and "
+                "potstill.methods.scoring"
+            )
         ids = t.ids.reshape(-1, t.k).long()
         check_ids("the teacher's ids", ids, self.call.side.vocab_size, -1)
         return ids, t.log_probs.detach().reshape(-1, t.k).to(self.call.wide)

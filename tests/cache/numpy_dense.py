@@ -137,7 +137,8 @@ class Tables:
         layout, k = self.layout, self.k
         ragged, *lens = struct.unpack_from("<IIII", payload)
         assert ragged < 2
-        width = [0, 2, 1, 1][layout.kind] + (layout.extra if layout.kind else 0)
+        rests_of_row = int(k > 0) + layout.extra  # without entries log_rest is 0 and not stored
+        width = [0, 1 + rests_of_row, rests_of_row, rests_of_row][layout.kind]
         words = np.frombuffer(payload, "<u4", n * width, 16).reshape(n, width)
         at = 16 + up8(4 * n * width)
         size = [0, 0, 2, 4][layout.kind]
@@ -156,15 +157,17 @@ class Tables:
             else:
                 token = self.id_of[value - k] if value - k < self.vocab else value - k
             count = k - self.classes[COUNT].take(nibbles, raw) if ragged else k
-            code = self.classes[FIRST].take(nibbles, raw) if layout.kind < 2 else 0
+            code = self.classes[FIRST].take(nibbles, raw) if layout.kind < 2 and k else 0
             shift = code % 8 if self.shifted else 0
             code = code // 8 if self.shifted else code
             assert code < 65535 or shift == 0
             if layout.kind == 0:
-                rests = [self.classes[c].take(nibbles, raw) for c in [REST] + [EXTRA] * layout.extra]
+                rests = [self.classes[c].take(nibbles, raw) for c in [REST] * int(k > 0) + [EXTRA] * layout.extra]
                 lse = 0
             else:
                 lse, rests = (int(words[i, 0]), words[i, 1:]) if layout.kind == 1 else (0, words[i])
+            if not k:
+                rests = [int(layout.kind == 0), *rests]
             if layout.kind < 2:
                 codes = [code] + [self.codes.take(differences) for _ in range(count - 1)]
                 codes = np.cumsum(codes)[:count].tolist()

@@ -52,7 +52,7 @@ def test_scores_are_the_models_log_probabilities(folders):
     root, models, said = folders
     for name, model in models.items():
         cache = ps.cache.open(root / f"{name}-scores")
-        assert cache.spec.token_log_probs and cache.spec.k == 1 and cache.verify().ok
+        assert cache.spec.token_log_probs and cache.spec.k == 0 and cache.verify().ok
         expected = expected_scores(model, cache)
         np.testing.assert_allclose(scoring.sequence_scores(cache), [float(s.sum()) for s in expected], rtol=2e-5)
         means = [float(s.mean()) if len(s) else 0.0 for s in expected]

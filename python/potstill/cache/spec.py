@@ -20,7 +20,8 @@ class Spec:
     """Identity of a cache. Two caches are the same work when their specs are equal.
 
     vocab_size: columns of the teacher's head, 1 to 2**31 - 1; every id is below it.
-    k: most entries of a row, 1 to min(65535, vocab_size); a row may have fewer.
+    k: most entries of a row, 0 to min(65535, vocab_size); a row may have fewer. With 0 a row is the realised token's
+        log-probability alone (token_log_probs, and none of "plain", "bf16_logits", temperatures, sampled).
     teacher, teacher_revision, tokenizer: names or hashes; empty when not known.
     values: how log-probabilities are stored. "1/8", "1/16", "1/32", "1/64": on a grid of that many nat, moved in each
         row to where it fits best, off by at most half of it; "bf16_logits": bit exact for bf16 logits given with their
@@ -64,8 +65,8 @@ class Spec:
                 raise TypeError(f"Spec.{name} is {getattr(self, name)!r}, a str is accepted")
         if not 1 <= self.vocab_size < 2**31:
             raise ValueError(f"Spec.vocab_size is {self.vocab_size}, 1 to {2**31 - 1} is accepted")
-        if not 1 <= self.k <= min(65535, self.vocab_size):
-            raise ValueError(f"Spec.k is {self.k}, 1 to {min(65535, self.vocab_size)} is accepted")
+        if not 0 <= self.k <= min(65535, self.vocab_size):
+            raise ValueError(f"Spec.k is {self.k}, 0 to {min(65535, self.vocab_size)} is accepted")
         self._check_layout()
         object.__setattr__(self, "columns", normalised(self.columns))
         if not isinstance(self.extra, dict):
@@ -94,6 +95,12 @@ class Spec:
         object.__setattr__(self, "temperatures", temperatures)
         if self.values == "plain" and (len(temperatures) > 1 or self.sampled or self.token_log_probs):
             raise ValueError('Spec.values is "plain", which keeps one log_rest a row and nothing else; give "1/16"')
+        without = self.token_log_probs and len(temperatures) == 1 and not self.sampled and self.values != "bf16_logits"
+        if self.k == 0 and not without:
+            raise ValueError(
+                "Spec.k is 0, which keeps the realised token's log-probability alone: it takes token_log_probs=True, "
+                'no other temperature, sampled=False, and values other than "plain" and "bf16_logits"'
+            )
         if self.values != "plain" and self.vocab_size > 1 << 22:
             raise ValueError(f'Spec.vocab_size is {self.vocab_size}; above {1 << 22} only values="plain" is accepted')
 

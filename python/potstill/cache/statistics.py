@@ -32,10 +32,17 @@ def quantiles(values: Column) -> dict[str, float]:
 
 def distributions(cache: Cache, rows: int = 8192) -> dict[str, Any]:
     """Over about `rows` rows: entries a row, probability of the first entry, mass outside the entries, entropy in nats
-    (the mass outside as one entry), and how far entries and rest together are from 1, which rounding makes."""
+    (the mass outside as one entry), and how far entries and rest together are from 1, which rounding makes. Of rows
+    without entries (k = 0) the realised tokens' log-probabilities alone."""
     columns: dict[str, list[Column]] = {}
     seen = 0
     for key in spread_keys(cache, rows):
+        if cache.spec.k == 0:
+            found_here = cache[key].topk.token_log_probs
+            assert found_here is not None
+            columns.setdefault("token_log_probs", []).append(found_here[found_here.isfinite()].double().numpy())
+            seen += len(found_here)
+            continue
         _, ids, log_probs, log_rest = cache.numpy(key)
         lp, rest = log_probs.astype(np.float64), log_rest.astype(np.float64)
         p, q = np.exp(lp), np.exp(rest)
@@ -92,6 +99,9 @@ def fidelity(cache: Cache, reference: str | os.PathLike[str] | Cache, rows: int 
     largest KL(reference || cache), largest error of a log-probability and of log_rest. Raises ValueError where tokens
     differ."""
     truth = reference if isinstance(reference, Cache) else open(reference)
+    for store in (cache, truth):
+        if store.spec.k == 0:
+            raise ValueError(f"{store.path} has rows without entries (k = 0), which have no distribution to compare")
     kls, errors, rests, lost = [], [], [], 0
     for key in shared(spread_keys(cache, rows), truth):
         tokens, *here = cache.numpy(key)

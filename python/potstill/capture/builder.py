@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..teachers import Head, TopK
 
 # What an alignment with other tokenizers needs of a cache: `potstill build --xtok`.
-XTOK: dict[str, Any] = {"k": 1, "values": "fp16", "token_log_probs": True, "word_ends": True}
+XTOK: dict[str, Any] = {"k": 0, "values": "fp32", "token_log_probs": True, "word_ends": True}
 WORD_END = "word_end"  # the column of word_ends
 
 # Batches of similar length are formed inside windows of this many batches.
@@ -117,7 +117,7 @@ def build(
 
     values, temperatures: how log-probabilities are stored, and at which temperatures the rest is (`cache.Spec`).
     token_log_probs: keep the log-probability of each next token of the text as well (-inf in a sequence's last row,
-    which has none): the text scored by the model, see `methods.scoring`.
+    which has none): the text scored by the model, see `methods.scoring`. k=0 keeps nothing else.
     word_ends: keep, in the fp16 column "word_end", the log-probability that a word ends behind each token: the mass of
     the ids that begin one (`xtok.VocabBytes.word_starts`).
 
@@ -137,8 +137,10 @@ def build(
     """
     head = _head_of(model)
     vocab_size = _vocab_size(head)
-    if not 1 <= k <= vocab_size:
-        raise ValueError(f"k is {k}: it must be between 1 and the teacher's vocabulary of {vocab_size}")
+    if not (0 if token_log_probs else 1) <= k <= vocab_size:
+        raise ValueError(
+            f"k is {k}: it must be between 1 and the teacher's vocabulary of {vocab_size}, or 0 with token_log_probs"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: at least 1 sequence a batch is needed")
     mine = Shard() if shard is None else rank_and_world(shard, {})
@@ -243,9 +245,6 @@ def _teacher_rows(
 ) -> list[tuple[TopK, dict[str, torch.Tensor]]]:
     """Each sequence's rows: ids and log_probs [L, K], log_rest [L], the rest at the other temperatures, and on request
     token_log_probs [L], -inf in the last row; beside them further columns, the log mass [L] of word_starts [V]."""
-    from ..extraction import linear_topk
-    from ..tokens import TokenLogprobs, token_logprobs
-
     device = next(model.parameters()).device
     longest = max(len(s.tokens) for s in batch)
     ids = np.zeros((len(batch), longest), dtype=np.int64)
@@ -261,21 +260,44 @@ def _teacher_rows(
         hidden = teacher_hidden(model, torch.from_numpy(ids).to(device), None if full else valid.long())
         # [rows, D] -> [rows, K], no row spent on padding
         tokens = torch.from_numpy(following).to(device)[valid] if token_log_probs else None
-        other = [t for t in temperatures if t != 1]
-        top = linear_topk(hidden[valid], head, k, ids=tokens, temperatures=other).to("cpu")
-        columns = {}
-        if word_starts is not None:
-            rows = hidden[valid]
-            any_token = torch.zeros(len(rows), dtype=torch.int64, device=device)
-            mass = token_logprobs(rows, head, any_token, subset=word_starts.to(device))
-            assert isinstance(mass, TokenLogprobs) and mass.log_mass is not None
-            columns[WORD_END] = mass.log_mass.cpu().clamp(min=-6e4, max=0)  # finite in fp16
+        top, columns = _rows(hidden[valid], head, k, tokens, temperatures, word_starts)
     found, start = [], 0
     for sequence in batch:
         part = slice(start, start + len(sequence.tokens))
         found.append((top[part], {name: column[part] for name, column in columns.items()}))
         start = part.stop
     return found
+
+
+def _rows(
+    hidden: torch.Tensor,
+    head: Head,
+    k: int,
+    tokens: torch.Tensor | None,
+    temperatures: Sequence[float],
+    word_starts: torch.Tensor | None,
+) -> tuple[TopK, dict[str, torch.Tensor]]:
+    """Rows [N, K] of states [N, D] and their columns; tokens [N], -100 for none."""
+    from ..extraction import linear_topk
+    from ..teachers import TopK
+    from ..tokens import TokenLogprobs, token_logprobs
+
+    columns, mass = {}, None
+    if word_starts is not None or k == 0:
+        asked = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        asked = asked if tokens is None else tokens.clamp(min=0)  # a row without a token has word ends too
+        mass = token_logprobs(hidden, head, asked, subset=None if word_starts is None else word_starts.to(asked.device))
+    if isinstance(mass, TokenLogprobs):
+        assert mass.log_mass is not None
+        columns[WORD_END] = mass.log_mass.cpu().clamp(min=-6e4, max=0)  # finite in fp16
+    if k > 0:
+        other = [t for t in temperatures if t != 1]
+        return linear_topk(hidden, head, k, ids=tokens, temperatures=other).to("cpu"), columns
+    assert mass is not None and tokens is not None
+    found = mass.log_probs if isinstance(mass, TokenLogprobs) else mass
+    found = torch.where(tokens < 0, -torch.inf, found).cpu()
+    none = torch.empty(len(found), 0)
+    return TopK(none.int(), none, log_rest=torch.zeros(len(found)), token_log_probs=found), columns
 
 
 def _word_starts(tokenizer: Any, vocab_size: int) -> torch.Tensor:

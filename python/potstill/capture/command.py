@@ -43,7 +43,7 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 @click.option(
     "--xtok",
     is_flag=True,
-    help="For students of any tokenizer: each token's log-probability, the mass of word ends, one entry in fp16.",
+    help="For students of any tokenizer: each token's log-probability, the mass of word ends, and no entries.",
 )
 @click.option("--batch-size", default=8, show_default=True, help="Sequences per forward pass.")
 @click.option("--max-tokens", type=int, help="Stop before the sequence that would pass this many tokens.")
@@ -116,7 +116,7 @@ def _run(model: str, data: tuple[str, ...], out: str, o: dict[str, Any]) -> bool
     from .text import open_text
 
     # Everything that can be refused cheaply is, before torch is imported and the model loaded.
-    if o["k"] < 1 or o["length"] < 1 or o["batch_size"] < 1 or o["shard_mb"] < 1:
+    if o["k"] < (0 if o.get("token_log_probs") else 1) or o["length"] < 1 or o["batch_size"] < 1 or o["shard_mb"] < 1:
         raise ValueError("--k, --length, --batch-size and --shard-mb must be at least 1")
     mine = rank_and_world(o["shard"])
     server_command.check(o)

@@ -142,9 +142,10 @@ impl Checker {
         if n == 0 || n > MAX_TOKENS {
             return Err(Error::Refused(format!("sequence {key:?} has {n} tokens, 1 to {MAX_TOKENS} are accepted")));
         }
-        if k == 0 || k > self.max_k {
-            let max = self.max_k;
-            return Err(Error::Refused(format!("sequence {key:?} has {k} entries a row, the spec accepts 1 to {max}")));
+        if k > self.max_k || (k == 0) != (self.max_k == 0) {
+            let (least, max) = (self.max_k.min(1), self.max_k);
+            let what = format!("sequence {key:?} has {k} entries a row, the spec accepts {least} to {max}");
+            return Err(Error::Refused(what));
         }
         if rows.ids.len() != n * k || rows.log_probs.len() != n * k || rows.log_rest.len() != n {
             return Err(Error::Refused(format!(
@@ -245,6 +246,9 @@ impl Checker {
         check_order(log_probs)?;
         if log_rest.is_nan() || log_rest > TOLERANCE {
             return Err(format!("log_rest is {log_rest}, a log-probability of at most 0 (or -inf) is accepted"));
+        }
+        if self.max_k == 0 && log_rest < -TOLERANCE {
+            return Err(format!("log_rest is {log_rest}, 0 is accepted where rows have no entries"));
         }
         let mass = mass(log_probs) + log_rest.exp();
         if mass > self.max_mass {

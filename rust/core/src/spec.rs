@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::codec::dense::{Layout, Values, MAX_EXTRA, MAX_VOCAB as MAX_DENSE_VOCAB, NUMBER, NUMBER_2};
+use crate::codec::dense::{Layout, Values, MAX_EXTRA, MAX_VOCAB as MAX_DENSE_VOCAB, NO_ENTRIES, NUMBER, NUMBER_2};
 use crate::columns::{self, Column};
 
 /// A row holds at most this many entries (its count is a u16).
@@ -38,11 +38,11 @@ pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn number(fields: &Map<String, Value>, name: &str, max: u64) -> Result<u32, String> {
+fn number(fields: &Map<String, Value>, name: &str, least: u64, max: u64) -> Result<u32, String> {
     let value = fields.get(name).ok_or_else(|| format!("the spec has no {name}"))?;
     match value.as_u64() {
-        Some(n) if (1..=max).contains(&n) => Ok(n as u32),
-        _ => Err(format!("the spec's {name} is {value}, an integer from 1 to {max} is accepted")),
+        Some(n) if (least..=max).contains(&n) => Ok(n as u32),
+        _ => Err(format!("the spec's {name} is {value}, an integer from {least} to {max} is accepted")),
     }
 }
 
@@ -78,6 +78,7 @@ fn layout(fields: &Map<String, Value>, vocab_size: u32, k: u32) -> Result<Option
     };
     let Some(values) = Values::from_name(name)? else {
         return match extra > 0 || sampled {
+            false if k == 0 => Err(NO_ENTRIES.to_string()),
             true => Err("plain values have no further columns; give values = \"1/16\" or others".to_string()),
             false => Ok(None),
         };
@@ -96,7 +97,12 @@ fn layout(fields: &Map<String, Value>, vocab_size: u32, k: u32) -> Result<Option
     if extra > MAX_EXTRA {
         return Err(format!("{extra} further columns, at most {MAX_EXTRA} are accepted"));
     }
-    Ok(Some(Layout { codec, values, vocab_size, k, extra, sampled }))
+    let layout = Layout { codec, values, vocab_size, k, extra, sampled };
+    layout.check()?;
+    if k == 0 && !token {
+        return Err(NO_ENTRIES.to_string());
+    }
+    Ok(Some(layout))
 }
 
 impl Spec {
@@ -107,8 +113,8 @@ impl Spec {
         }
         let fields: Map<String, Value> =
             serde_json::from_str(text).map_err(|e| format!("the spec is not a JSON object: {e}"))?;
-        let vocab_size = number(&fields, "vocab_size", MAX_VOCAB)?;
-        let k = number(&fields, "k", MAX_K)?;
+        let vocab_size = number(&fields, "vocab_size", 1, MAX_VOCAB)?;
+        let k = number(&fields, "k", 0, MAX_K)?;
         if k > vocab_size {
             return Err(format!("the spec's k = {k} is above its vocab_size = {vocab_size}"));
         }
@@ -165,6 +171,14 @@ mod tests {
         {
             assert!(Spec::from_stored(text).is_err(), "{text}");
         }
+        let without_entries = |more: &str| Spec::from_stored(&format!(r#"{{"vocab_size":8,"k":0{more}}}"#));
+        for more in ["", r#","values":"fp16""#, r#","values":"fp16","temperatures":[2.0]"#] {
+            assert!(without_entries(more).is_err(), "{more}");
+        }
+        let token = r#","token_log_probs":true,"values":"#;
+        assert!(without_entries(&format!(r#"{token}"bf16_logits""#)).is_err());
+        assert!(without_entries(&format!(r#"{token}"1/16","sampled":true"#)).is_err());
+        assert!(without_entries(&format!(r#"{token}"1/16","codec":2"#)).is_ok_and(|spec| spec.k == 0));
         assert!(Spec::from_stored(r#"{"vocab_size":4294967296,"k":1}"#).is_err());
     }
 }

@@ -67,6 +67,7 @@ def card(
     }
     lines = [f"| {clean(name)} | {clean(value)} |" for name, value in facts.items()]
     shown = {
+        "token_log_probs": "log-probability of a token",
         "first_probability": "probability of the first entry",
         "mass_outside": "mass outside the entries",
         "entropy": "entropy, nats",
@@ -80,8 +81,7 @@ def card(
     return "\n".join([
         "---", yaml, "---", "", f"# {clean(header['pretty_name'])}", "",
         *([text.strip(), ""] if text else []),
-        "Top-k log-probabilities of a teacher, one row a token, over the full vocabulary at temperature 1, with the",
-        "log mass outside them. Row i is the distribution of the token after tokens 0 to i. Read with "
+        *what_rows_are(spec), "Read with "
         "[potstill](https://pypi.org/project/potstill/):", "",
         "```python", "import potstill as ps", "", 'cache = ps.cache.open("PATH")',
         "rows = cache.batch(keys, tokens=token_lists)  # refuses rows of other tokens", "```", "",
@@ -91,6 +91,14 @@ def card(
         "Every byte is checked when it is read; `potstill verify --deep` checks all.",
         f"Written by potstill {__version__}.", "",
     ])  # fmt: skip
+
+
+def what_rows_are(spec: caches.Spec) -> list[str]:
+    if spec.k == 0:
+        return ["Log-probabilities of the tokens of texts under a teacher, over the full vocabulary at temperature 1.",
+                "Row i is that of token i + 1 after tokens 0 to i."]  # fmt: skip
+    return ["Top-k log-probabilities of a teacher, one row a token, over the full vocabulary at temperature 1, with",
+            "the log mass outside them. Row i is the distribution of the token after tokens 0 to i."]  # fmt: skip
 
 
 def further(spec: caches.Spec) -> list[str]:

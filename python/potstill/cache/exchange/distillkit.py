@@ -42,6 +42,8 @@ def write(path: Path, spec: Spec, sequences: Iterator[Sequence], layout: str) ->
     import pyarrow.parquet as pq
 
     yaml = import_yaml()
+    if spec.k == 0:
+        raise ValueError("DistillKit's layout has no place for token_log_probs, which is all that rows of k = 0 hold")
     path.mkdir()
     config = dict(d=spec.vocab_size, k=spec.k, exact_k=spec.k, exact_dtype="float32", polynomial_terms=None,
                   term_dtype="float32", residual_bins=[], delta_encoding=False, error_diffusion=False,

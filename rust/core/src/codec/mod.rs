@@ -27,6 +27,7 @@ impl Declared {
     /// The codec a header names, or why it is refused.
     pub fn from_header(number: u16, params: &[u8], vocab_size: u32, k: u32) -> Result<Declared, String> {
         match number {
+            plain::NUMBER if k == 0 => Err("rows of no entries with codec 0".to_string()),
             plain::NUMBER => Ok(Declared::Plain(plain::Plain::from_params(params, vocab_size, k)?)),
             dense::NUMBER | dense::NUMBER_2 => Ok(Declared::Dense(Params::decode(number, params, vocab_size, k)?)),
             other => Err(format!("codec {other} is not known")),

@@ -52,7 +52,7 @@ pub fn encode(spec: &Spec, codec: &Codec) -> Vec<u8> {
     out.extend_from_slice(&MAJOR.to_le_bytes());
     let (tables, columns) = (!codec.tables().is_empty(), !spec.columns.is_empty());
     // what an older version can read is written as that version
-    let minor = if columns { MINOR } else { codec.number().min(MINOR) };
+    let minor = if columns || spec.k == 0 { MINOR } else { codec.number().min(MINOR) };
     out.extend_from_slice(&minor.to_le_bytes());
     out.extend_from_slice(&(len as u32).to_le_bytes());
     let required = if tables { TABLES } else { 0 } | if columns { COLUMNS } else { 0 };
@@ -110,7 +110,7 @@ pub fn decode(bytes: &[u8]) -> Result<Header, Refusal> {
     let params = cursor.take(params_len)?;
     cursor.zeros(padded(params_len) - params_len)?;
     cursor.end()?;
-    if vocab_size == 0 || vocab_size > i32::MAX as u32 || k == 0 || k > vocab_size {
+    if vocab_size == 0 || vocab_size > i32::MAX as u32 || k > vocab_size {
         return Err(Refusal::Damaged(format!("vocab_size {vocab_size} with k {k}")));
     }
     let codec = Declared::from_header(number, params, vocab_size, k).map_err(Refusal::Unsupported)?;

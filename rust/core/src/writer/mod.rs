@@ -240,11 +240,12 @@ impl Writer {
         Ok(())
     }
 
-    // the open shard holds `least` entries or more, and its tables learnt from fewer
+    // the open shard holds `least` entries (rows, where they have none) or more, and its tables learnt from fewer
     fn wants_training(&self, least: u64) -> bool {
         match (&self.codec, &self.open) {
             (Codec::Dense(dense), Some(open)) => {
-                dense.tables.trained < TRAINED && open.entries() >= least.max(dense.tables.trained + 1)
+                let seen = if dense.layout.k > 0 { open.entries() } else { open.tokens() };
+                dense.tables.trained < TRAINED && seen >= least.max(dense.tables.trained + 1)
             }
             _ => false,
         }

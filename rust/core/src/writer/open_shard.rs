@@ -150,7 +150,7 @@ impl OpenShard {
 
 /// Rows of one block.
 fn rows_of_block(max_k: u32) -> usize {
-    (BLOCK_ENTRIES / max_k as usize).clamp(1, BLOCK_ROWS)
+    (BLOCK_ENTRIES / (max_k as usize).max(1)).clamp(1, BLOCK_ROWS)
 }
 
 /// Encodes checked rows into blocks numbered from `first_block`.

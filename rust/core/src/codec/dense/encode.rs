@@ -93,6 +93,7 @@ pub fn rows<P: Put>(
 ) -> usize {
     let (layout, tables) = (&dense.layout, &*dense.tables);
     let (k, rests) = (layout.k, 1 + layout.extra);
+    let not_stored = rests - layout.stored_rests();
     let ragged = is_ragged(coded, range.clone(), k);
     let mut at = entry;
     for row in range {
@@ -108,16 +109,18 @@ pub fn rows<P: Put>(
         if ragged {
             streams.put(&tables.classes[COUNT], k - n as u32);
         }
-        if layout.values.by_difference() {
+        if layout.values.by_difference() && k > 0 {
             streams.put(&tables.classes[FIRST], coded.first_code(row, codes));
         }
         let row_rests = &coded.rests[row * rests..(row + 1) * rests];
         if layout.values.rest_grid().is_some() {
-            streams.put(&tables.classes[REST], row_rests[0]);
+            if k > 0 {
+                streams.put(&tables.classes[REST], row_rests[0]);
+            }
             row_rests[1..].iter().for_each(|r| streams.put(&tables.classes[EXTRA], *r));
         } else {
             streams.words.extend(coded.lse.get(row).iter().flat_map(|l| l.to_le_bytes()));
-            streams.words.extend(row_rests.iter().flat_map(|r| r.to_le_bytes()));
+            streams.words.extend(row_rests[not_stored..].iter().flat_map(|r| r.to_le_bytes()));
         }
         if layout.values.by_difference() {
             let most = codes.len() * COLUMN_BITS;

@@ -33,6 +33,9 @@ pub const MAX_VOCAB: u32 = 1 << 22;
 /// Further log-probability columns of a row.
 pub const MAX_EXTRA: usize = 64;
 const PARAMS: usize = 32;
+/// What rows of no entries may be.
+pub const NO_ENTRIES: &str =
+    "k = 0 keeps no entries: it is accepted with token_log_probs alone, and values that are neither plain nor bf16_logits";
 
 /// What a row holds, from the spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +70,23 @@ impl Layout {
         }
         let values = Values::from_numbers(kind, per_nat)?;
         let values = if codec == NUMBER { values } else { values.of_codec_2() };
-        Ok(Layout { codec, values, vocab_size, k, extra, sampled: sampled == 1 })
+        let layout = Layout { codec, values, vocab_size, k, extra, sampled: sampled == 1 };
+        layout.check()?;
+        Ok(layout)
+    }
+
+    /// Refuses rows of no entries that hold more, or less, than one log-probability.
+    pub fn check(&self) -> Result<(), String> {
+        let bare = self.extra == 1 && !self.sampled && self.values != Values::Bf16Logits;
+        match self.k > 0 || bare {
+            true => Ok(()),
+            false => Err(NO_ENTRIES.to_string()),
+        }
+    }
+
+    /// Rests that are stored: without entries log_rest is 0 and is not.
+    fn stored_rests(&self) -> usize {
+        usize::from(self.k > 0) + self.extra
     }
 
     /// Words of 4 bytes that each row has beside the streams.
@@ -75,7 +94,7 @@ impl Layout {
         match self.values {
             Values::Grid { .. } | Values::Shifted { .. } => 0,
             Values::Bf16Logits => 2 + self.extra,
-            Values::Fp16 | Values::Fp32 => 1 + self.extra,
+            Values::Fp16 | Values::Fp32 => self.stored_rests(),
         }
     }
 

@@ -16,13 +16,19 @@ const SAMPLE: usize = 1 << 18;
 const FEW: usize = 1 << 12;
 
 /// Tables for these sequences; None where there are too few rows to learn from.
-pub fn train(layout: Layout, sequences: &[Coded]) -> Option<Tables> {
-    let entries: usize = sequences.iter().map(|s| s.ids.len()).sum();
+pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
+    // without entries the tokens are what is ranked
+    let ranked = |s: &'a Coded| if layout.k > 0 { &s.ids } else { &s.tokens };
+    let entries: usize = sequences.iter().map(|s| ranked(s).len()).sum();
     if entries < FEW {
         return None;
     }
     let mut counts = vec![0u32; layout.vocab_size as usize];
-    sequences.iter().flat_map(|s| &s.ids).for_each(|id| counts[*id as usize] += 1);
+    for id in sequences.iter().flat_map(ranked) {
+        if let Some(count) = counts.get_mut(*id as usize) {
+            *count += 1;
+        }
+    }
     let mut ids: Vec<u32> = (0..layout.vocab_size).filter(|id| counts[*id as usize] > 0).collect();
     ids.sort_unstable_by_key(|id| (std::cmp::Reverse(counts[*id as usize]), *id));
     let seldom = |n: u32| ids.partition_point(|id| counts[*id as usize] > n);
@@ -32,7 +38,7 @@ pub fn train(layout: Layout, sequences: &[Coded]) -> Option<Tables> {
     candidates.dedup();
     let (mut sample, mut sampled) = (0, 0);
     while sample < sequences.len() && sampled < SAMPLE {
-        sampled += sequences[sample].ids.len();
+        sampled += ranked(&sequences[sample]).len();
         sample += 1;
     }
     let dictionary = |listed: usize| Dictionary::ranked(&ids, listed, layout.vocab_size);

@@ -13,6 +13,7 @@ use self::sinks::Row;
 pub use self::sinks::{into_coded, into_rows, into_tokens, Sink};
 use super::bitstream::BitReader;
 use super::classes::ClassCode;
+use super::coded::rest_code;
 use super::tables::{Tables, COUNT, EXTRA, FIRST, REST, TOKEN};
 use super::values::{Values, NOTHING, SHIFTS};
 use super::{widest, Dense, Layout};
@@ -86,7 +87,7 @@ impl<'a> Decoder<'a> {
             before: vec![0; k],
             had: 0,
             draws: Vec::new(),
-            rests: vec![0; 1 + dense.layout.extra],
+            rests: vec![rest_code(dense.layout.values, 0.0); 1 + dense.layout.extra],
             parts,
         })
     }
@@ -187,7 +188,7 @@ impl<'a> Decoder<'a> {
             n = n.checked_sub(missing).ok_or_else(|| format!("a row that misses {missing} entries of {n}"))?;
         }
         let mut shift = 0;
-        if layout.values.by_difference() {
+        if layout.values.by_difference() && layout.k > 0 {
             self.codes[0] = self.value(&tables.classes[FIRST])?;
         }
         if let Values::Shifted { .. } = layout.values {
@@ -198,7 +199,9 @@ impl<'a> Decoder<'a> {
             }
         }
         if layout.values.rest_grid().is_some() {
-            self.rests[0] = self.rest(&tables.classes[REST])?;
+            if layout.k > 0 {
+                self.rests[0] = self.rest(&tables.classes[REST])?;
+            }
             for e in 0..layout.extra {
                 self.rests[1 + e] = self.rest(&tables.classes[EXTRA])?;
             }
@@ -257,7 +260,8 @@ impl<'a> Decoder<'a> {
             .chunks_exact(4)
             .map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]));
         let lse = if self.layout.values == Values::Bf16Logits { row.next().unwrap_or(0) } else { 0 };
-        for (slot, word) in self.rests.iter_mut().zip(row) {
+        let not_stored = self.rests.len() - self.layout.stored_rests();
+        for (slot, word) in self.rests[not_stored..].iter_mut().zip(row) {
             let value = f32::from_bits(word);
             if value.is_nan() || value > 0.0 {
                 return Err(format!("row {i} has log_rest {value}"));
