@@ -1,4 +1,5 @@
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,7 @@ def merge(sources: list[str], path: str | PathLike[str]) -> str: ...
 def token_hash(tokens: NDArray[np.int32]) -> int: ...
 def inspect(path: str | PathLike[str]) -> str: ...
 def recover(path: str | PathLike[str]) -> str: ...
+def flat_ids(rows: list[Any], side: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
 
 class Vocab:
     @staticmethod
@@ -134,9 +136,9 @@ class Aligner:
     def needs_text(self) -> bool: ...
     def align(
         self,
-        student: NDArray[np.int32],
+        student: NDArray[np.int32] | list[NDArray[np.int32]],
         student_ptr: NDArray[np.int64],
-        teacher: NDArray[np.int32],
+        teacher: NDArray[np.int32] | list[NDArray[np.int32]],
         teacher_ptr: NDArray[np.int64],
         segments: NDArray[np.int64],
         segment_ptr: NDArray[np.int64],

@@ -3,11 +3,12 @@
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from potstill.xtok import Aligner, VocabBytes
+from potstill.xtok import Aligner, VocabBytes, chunk_log_probs
 from potstill.xtok.alignment import INVALID, MISMATCHED, STUDENT_TRUNCATED, TEACHER_TRUNCATED
 
 # few different bytes, so that wrong places often look right; é, €, 😊 in pieces, and bytes that are no UTF-8
@@ -104,6 +105,8 @@ def test_chunks_are_the_common_cuts(sample):
     assert not found.flags.any() and not found.row_flags.any() and not found.mismatches.any()
     assert (found.student_chunk >= 0).all() and (found.teacher_chunk >= 0).all()
     check(found, student, teacher)
+    values = -torch.rand(len(teacher), dtype=torch.float64)
+    torch.testing.assert_close(chunk_log_probs(values, found, "teacher").sum(), values.sum())
     swapped = align(teacher, student)
     assert [(s0, s1, t0, t1) for t0, t1, s0, s1 in swapped.chunks(0)] == found.chunks(0)
     assert torch.equal(swapped.num_bytes, found.num_bytes)
@@ -171,7 +174,7 @@ def test_threads_give_what_one_gives():
 @settings(max_examples=150, deadline=None)
 @given(cut_twice(), st.data())
 def test_damage_on_one_side(sample, data):
-    """Bytes that are no UTF-8 in one side: no false chunk, and every boundary outside the tokens they touch is kept."""
+    """Bytes that are no UTF-8 in one side: what is before them is aligned as ever, and no chunk holds them."""
     whole, student, teacher = sample
     if len(whole) < 2:
         return
@@ -180,6 +183,10 @@ def test_damage_on_one_side(sample, data):
     broken = data.draw(cuts(whole[:where] + stray + whole[where:]))
     found = align(broken, teacher)
     check(found, broken, teacher)
+    ends_of_broken, ends_of_teacher = ends(broken), ends(teacher)
+    before = [(ends_of_broken[at], ends_of_teacher[at]) for at in ends_of_broken.keys() & ends_of_teacher.keys()
+              if at <= where]  # fmt: skip
+    assert {(s1, t1) for _, s1, _, t1 in found.chunks(0)} >= set(before)
     swapped = align(teacher, broken)
     assert [(s0, s1, t0, t1) for t0, t1, s0, s1 in swapped.chunks(0)] == found.chunks(0)
     assert torch.equal(swapped.flags, found.flags)
@@ -364,3 +371,65 @@ def test_chunks_never_cross_message_spans(messages, data):
     for start, end in spans[0]:
         outside[start:end] = False
     assert (found.student_chunk[outside] == -1).all() and not found.mismatches.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(cut_twice(), min_size=1, max_size=5))
+def test_every_form_of_ids_gives_the_same(samples):
+    """Lists, arrays of any integer type and layout, tensors, and flat ids with row pointers."""
+    (s, a), (t, b) = numbered(*(x[1] for x in samples)), numbered(*(x[2] for x in samples))
+    aligner = Aligner(s, t)
+    want = aligner(a, b)
+
+    def ptr(rows):
+        return np.cumsum([0, *map(len, rows)])
+
+    def flat(rows, dtype=np.int32):
+        return np.concatenate([np.asarray(row, dtype) for row in rows])
+
+    forms = [
+        lambda rows: [np.asarray(row, np.int32) for row in rows],
+        lambda rows: [np.asarray(row, np.uint16) for row in rows],
+        lambda rows: [np.repeat(np.asarray(row, np.int64), 2)[::2] for row in rows],
+        lambda rows: [torch.tensor(row, dtype=torch.int64) for row in rows],
+        lambda rows: [tuple(row) for row in rows],
+        lambda rows: [np.asarray(row, np.int32) if n % 2 else row for n, row in enumerate(rows)],
+    ]
+    found = [aligner(form(a), form(b)) for form in forms]
+    found.append(aligner(flat(a), flat(b), student_ptr=ptr(a), teacher_ptr=ptr(b)))
+    found.append(aligner(flat(a, np.int64), torch.from_numpy(flat(b)), student_ptr=want.student_ptr,
+                         teacher_ptr=ptr(b)))  # fmt: skip
+    for other in found:
+        for name in ("student_chunk", "teacher_chunk", "student_ptr", "teacher_ptr", "spans", "row_ptr", "flags"):
+            assert torch.equal(getattr(other, name), getattr(want, name)), name
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([[0, 1 << 32]], "row 0: student token 1 is 4294967296; ids are integers below 2\\^31"),
+        ([[0], [1.5]], "row 1: student token 0 is 1.5"),
+        ([np.array([0, 2**40])], "row 0: student token 1 is 1099511627776"),
+        (np.array([[0, 2**33]]), "row 0: student token 1 is 8589934592"),
+        ([torch.zeros(2)], r"row 0: student ids have shape \[2\] of float32"),
+        ([[0], torch.zeros(1, 2, dtype=torch.int64)], r"row 1: student ids have shape \[1, 2\] of int64"),
+        (torch.zeros(1, 2), r"student_ids have shape \[1, 2\] of float32"),
+        ([["a"]], "row 0: student token 0 is 'a'"),
+    ],
+)
+def test_what_is_no_id_is_refused(ids, message):
+    vocab = VocabBytes.from_callback(2, [b"a", b"b"].__getitem__)
+    with pytest.raises(ValueError, match=message):
+        Aligner(vocab, vocab)(ids, [[0]] * len(ids))
+
+
+def test_row_pointers_that_do_not_fit_are_refused():
+    vocab = VocabBytes.from_callback(2, [b"a", b"b"].__getitem__)
+    ids = np.array([0, 1, 0], np.int32)
+    for ptr in ([0, 2], [1, 3], [], [[0, 3]]):
+        with pytest.raises(ValueError, match=r"student_ptr is .* it goes with flat ids \[n\], here 3 in 1 rows"):
+            Aligner(vocab, vocab)(ids, ids, student_ptr=ptr, teacher_ptr=[0, 3])
+    with pytest.raises(ValueError, match="student_ptr falls at row 1"):
+        Aligner(vocab, vocab)(ids, ids, student_ptr=[0, 2, 1, 3], teacher_ptr=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="rows by student_ptr, have no padding"):
+        Aligner(vocab, vocab)(ids, ids, student_ptr=[0, 3], teacher_ptr=[0, 3], student_mask=np.ones(3))

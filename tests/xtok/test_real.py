@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from potstill.xtok import Aligner, VocabBytes
 
 TEXTS = [
@@ -101,6 +103,25 @@ def common_ends(vocab, ids, dummy):
 @pytest.mark.parametrize("teacher", ["deepseek", "qwen", "tekken", "mistral"])
 @pytest.mark.parametrize("student", ["deepseek", "qwen", "tekken", "mistral"])
 def test_chunks_are_the_common_token_ends(tokenizers, student, teacher, text):
+    check(tokenizers, student, teacher, text)
+
+
+# words of several scripts, spaces of all kinds, joined and combined characters, what looks like a token's name
+PARTS = ["a", "the ", "Weg", " ", "  ", "\n", "\t", "\r\n", "12345", "é", "e\u0301", "日本", "ا", "😊", "👩‍👧", "🇩🇪",
+         "\u200b", "\u3000", "Ġ", "▁", "##ing", "<0x0A>", "'s", "...", "—", "ﬁ", "\x00"]  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.one_of(st.lists(st.sampled_from(PARTS), max_size=30).map("".join), st.text(max_size=40)),
+    st.permutations(["deepseek", "qwen", "tekken", "mistral"]),
+)
+def test_any_text(tokenizers, text, names):
+    check(tokenizers, *names[:2], text.encode(errors="ignore").decode())
+
+
+def check(tokenizers, student, teacher, text):
+    """Chunks are the common ends of both sides' tokens."""
     (s, encode_s, dummy_s), (t, encode_t, dummy_t) = tokenizers[student], tokenizers[teacher]
     a, b = encode_s(text), encode_t(text)
     for vocab, ids, dummy in ((s, a, dummy_s), (t, b, dummy_t)):

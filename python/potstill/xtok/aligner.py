@@ -52,13 +52,15 @@ class Aligner:
 
     def __call__(
         self, student_ids: Rows, teacher_ids: Rows, *, student_mask: Any = None, teacher_mask: Any = None,
-        student_spans: Spans | None = None, teacher_spans: Spans | None = None,
+        student_ptr: Any = None, teacher_ptr: Any = None, student_spans: Spans | None = None,
+        teacher_spans: Spans | None = None,
         text: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     ) -> Alignment:  # fmt: skip
         """Aligns one row or B of them.
 
         student_ids, teacher_ids: a row of ids, a list of B rows, or a tensor or array [T] or [B, T]; with a mask of the
             same shape, padding (0) before and behind a row's ids is left out.
+        student_ptr, teacher_ptr: int64 [B+1], where each of B rows begins in flat ids [n], and n; nothing is copied.
         student_spans, teacher_spans: for each row the stretches (start, end) of its tokens that hold the same messages;
             the n-th of both sides are aligned with each other, chunks never cross them, tokens outside have none.
         text: the original text of each row, or with spans that of each message of each row; needed where both
@@ -66,8 +68,8 @@ class Aligner:
 
         Raises ValueError: an id outside its vocabulary, rows that do not fit together, a mismatch under "error".
         """
-        student, s_ptr, s_range = _flat(student_ids, student_mask, "student")
-        teacher, t_ptr, t_range = _flat(teacher_ids, teacher_mask, "teacher")
+        student, s_ptr, s_range = _flat(student_ids, student_mask, student_ptr, "student")
+        teacher, t_ptr, t_range = _flat(teacher_ids, teacher_mask, teacher_ptr, "teacher")
         if len(s_ptr) != len(t_ptr):
             raise ValueError(f"{len(s_ptr) - 1} student rows were given, but {len(t_ptr) - 1} teacher rows")
         if (student_spans is None) != (teacher_spans is None):
@@ -78,7 +80,7 @@ class Aligner:
         else:
             segments, segment_ptr = _segments(student_spans, teacher_spans, s_range, t_range)
         texts = None if text is None else _texts(text, np.diff(segment_ptr), student_spans is not None)
-        student_chunk, teacher_chunk = np.empty(len(student), np.int32), np.empty(len(teacher), np.int32)
+        student_chunk, teacher_chunk = _maps(int(s_ptr[-1]), int(t_ptr[-1]))
         found = self._native.align(
             student, s_ptr, teacher, t_ptr, np.ascontiguousarray(segments, np.int64).reshape(-1), segment_ptr, texts,
             student_chunk, teacher_chunk, self.threads,
@@ -142,48 +144,92 @@ class Stream:
 Ranges = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def _flat(ids: Rows, mask: Any, side: str) -> tuple[NDArray[np.int32], NDArray[np.int64], Ranges]:
-    """Flat ids, row pointers [B+1], and the range of each row that is no padding."""
-    array = _array(ids)
+Ids = NDArray[np.int32] | list[NDArray[np.int32]]
+
+
+def _flat(ids: Rows, mask: Any, ptr: Any, side: str) -> tuple[Ids, NDArray[np.int64], Ranges]:
+    """Flat ids, or arrays of rows, row pointers [B+1], and the range of each row that is no padding."""
+    flat: Ids
+    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids if isinstance(ids, np.ndarray) else None
+    if array is not None and (array.ndim > 2 or array.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{side}_ids have shape {list(array.shape)} of {array.dtype}; they must be integers [T] or [B, T]"
+        )
     if array is None:
-        rows = [np.asarray(_array(row), np.int32).reshape(-1) for row in ids]
-        if mask is not None:
-            raise ValueError(f"{side}_mask goes with ids [B, T]; rows in a list have no padding")
-        lengths = np.array([len(row) for row in rows], np.int64)
-        flat = np.concatenate(rows) if rows else np.zeros(0, np.int32)
+        flat, pointers = _of_lists(ids, side)
     else:
-        if array.ndim > 2 or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"{side}_ids have shape {list(array.shape)} of {array.dtype}; they must be integers [T] or [B, T]"
-            )
-        array = np.atleast_2d(array)
-        lengths = np.full(len(array), array.shape[1], np.int64)
-        flat = np.ascontiguousarray(array.reshape(-1), np.int32)
-    ptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        flat = np.ascontiguousarray(array.reshape(-1))
+        if array.dtype != np.int32:
+            flat = _rust.flat_ids([flat.astype(np.int64, copy=False)], side)[0]
+        width = array.shape[-1]
+        pointers = np.arange(len(array) + 1, dtype=np.int64) * width if array.ndim == 2 else np.array([0, width])
+    if ptr is not None:
+        pointers = _pointers(ptr, pointers, side)
+        flat = flat[0] if isinstance(flat, list) else flat
+    lengths = np.diff(pointers)
     if mask is None:
-        return flat, ptr, (np.zeros_like(lengths), lengths)
-    kept = np.atleast_2d(np.asarray(_array(mask))) != 0
-    assert array is not None
-    if kept.shape != array.shape:
-        raise ValueError(f"{side}_mask has shape {list(kept.shape)}, {side}_ids {list(array.shape)}; they must agree")
+        return flat, pointers, (np.zeros_like(lengths), lengths)
+    if array is None or ptr is not None:
+        raise ValueError(f"{side}_mask goes with ids [B, T]; rows in a list, and rows by {side}_ptr, have no padding")
+    return flat, pointers, _kept(np.atleast_2d(array).shape, mask, side)
+
+
+def _of_lists(ids: Any, side: str) -> tuple[Ids, NDArray[np.int64]]:
+    """A row of ids, or a list of rows; arrays of int32 stay where they are."""
+    several = len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
+    rows: list[Any] = list(ids) if several else [ids if isinstance(ids, list) else list(ids)]
+    if all(type(row) is np.ndarray and row.dtype == np.int32 and row.ndim == 1 and row.flags.c_contiguous
+           for row in rows):  # fmt: skip
+        return rows, np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    for number, row in enumerate(rows):
+        if isinstance(row, Tensor):
+            rows[number] = row = row.detach().cpu().numpy()
+        elif not isinstance(row, (list, np.ndarray)):
+            rows[number] = row = list(row)
+        if isinstance(row, np.ndarray):
+            if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
+                raise ValueError(f"row {number}: {side} ids have shape {list(row.shape)} of {row.dtype}; they must be "
+                                 "integers [T]")  # fmt: skip
+            rows[number] = row.astype(_width(row), copy=False)
+    return _rust.flat_ids(rows, side)
+
+
+def _width(array: NDArray[Any]) -> type:
+    return np.int32 if array.dtype.kind != "u" and array.dtype.itemsize <= 4 else np.int64
+
+
+def _pointers(ptr: Any, given: NDArray[np.int64], side: str) -> NDArray[np.int64]:
+    """ptr [B+1] of flat ids, of which there is one row."""
+    found = np.ascontiguousarray(ptr.detach().cpu().numpy() if isinstance(ptr, Tensor) else ptr, np.int64)
+    if len(given) != 2 or found.ndim != 1 or not len(found) or found[0] != 0 or found[-1] != given[-1]:
+        raise ValueError(
+            f"{side}_ptr is {list(found.shape)} with ends {found.ravel()[[0, -1]].tolist() if found.size else []}; it "
+            f"goes with flat ids [n], here {int(given[-1])} in {len(given) - 1} rows, and runs from 0 to n"
+        )
+    if (np.diff(found) < 0).any():
+        raise ValueError(f"{side}_ptr falls at row {int((np.diff(found) < 0).argmax())}; it must not")
+    return found
+
+
+def _kept(shape: tuple[int, ...], mask: Any, side: str) -> Ranges:
+    """The range of each row of [B, T] that is no padding."""
+    kept = np.atleast_2d(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)) != 0
+    if kept.shape != shape:
+        raise ValueError(f"{side}_mask has shape {list(kept.shape)}, {side}_ids {list(shape)}; they must agree")
     any_kept = kept.any(axis=1)
     begin = np.where(any_kept, kept.argmax(axis=1), 0)
     end = np.where(any_kept, kept.shape[1] - kept[:, ::-1].argmax(axis=1), 0)
     if (kept.sum(axis=1) != end - begin).any():
         row = int((kept.sum(axis=1) != end - begin).argmax())
         raise ValueError(f"{side}_mask of row {row} has holes; it may leave out padding before and behind a row only")
-    return flat, ptr, (begin.astype(np.int64), end.astype(np.int64))
+    return begin.astype(np.int64), end.astype(np.int64)
 
 
-def _array(ids: Any) -> NDArray[Any] | None:
-    """A rectangular array, or None for a list of rows."""
-    if isinstance(ids, Tensor):
-        return ids.detach().cpu().numpy()
-    if isinstance(ids, np.ndarray):
-        return ids
-    if len(ids) and not isinstance(ids[0], (int, np.integer)):
-        return None
-    return np.asarray(ids, np.int64)
+def _maps(students: int, teachers: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    if not students or not teachers:
+        return np.empty(students, np.int32), np.empty(teachers, np.int32)
+    both = np.empty(students + teachers, np.int32)  # numpy asks for large pages for arrays of 4 MiB
+    return both[:students], both[students:]
 
 
 def _segments(

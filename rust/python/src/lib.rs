@@ -2,6 +2,7 @@
 
 mod cache;
 mod errors;
+mod ids;
 mod writer;
 mod xtok;
 
@@ -13,6 +14,8 @@ mod _rust {
     use super::cache::{inspect, merge, recover, token_hash, verify, Cache};
     #[pymodule_export]
     use super::errors::{CacheError, TokenMismatch};
+    #[pymodule_export]
+    use super::ids::flat_ids;
     #[pymodule_export]
     use super::writer::Writer;
     #[pymodule_export]

@@ -263,15 +263,15 @@ impl Aligner {
         self.inner.needs_text()
     }
 
-    /// Rows of flat ids, cut by ptr [R+1]; segments [S*4] of the rows, cut by segment_ptr [R+1], and the text of each, if
+    /// Rows of ids, flat and cut by ptr [R+1] or each an array; segments [S*4] of the rows, cut by segment_ptr [R+1], and the text of each, if
     /// given. Fills the maps and returns spans [C*4], flags [C], bytes [C], row_ptr [R+1], row flags [R], mismatches [R].
     #[allow(clippy::too_many_arguments)]
     fn align<'py>(
         &self,
         py: Python<'py>,
-        student: PyReadonlyArray1<'_, i32>,
+        student: Side<'_>,
         student_ptr: PyReadonlyArray1<'_, i64>,
-        teacher: PyReadonlyArray1<'_, i32>,
+        teacher: Side<'_>,
         teacher_ptr: PyReadonlyArray1<'_, i64>,
         segments: PyReadonlyArray1<'_, i64>,
         segment_ptr: PyReadonlyArray1<'_, i64>,
@@ -280,12 +280,14 @@ impl Aligner {
         mut teacher_chunk: PyReadwriteArray1<'_, i32>,
         threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let (student, teacher) = (student.as_slice()?, teacher.as_slice()?);
         let (s_ptr, t_ptr) = (student_ptr.as_slice()?, teacher_ptr.as_slice()?);
+        let sides = student.rows(s_ptr)?.zip(teacher.rows(t_ptr)?);
         let (segments, ptr) = (segments.as_slice()?.as_chunks::<4>().0, segment_ptr.as_slice()?);
         let maps = (student_chunk.as_slice_mut()?, teacher_chunk.as_slice_mut()?);
-        let rows = rows(student, s_ptr, teacher, t_ptr, segments, ptr, texts.as_deref());
-        let rows = rows.filter(|_| maps.0.len() == student.len() && maps.1.len() == teacher.len());
+        let rows = sides.and_then(|(student, teacher)| rows(&student, &teacher, segments, ptr, texts.as_deref()));
+        let tokens = |side: fn(&Row<'_>) -> usize| rows.iter().flatten().map(side).sum::<usize>();
+        let fits = maps.0.len() == tokens(|r| r.student.len()) && maps.1.len() == tokens(|r| r.teacher.len());
+        let rows = rows.filter(|_| fits);
         let rows = rows.ok_or_else(|| PyValueError::new_err("rows, segments and maps do not fit together"))?;
         let inner = &self.inner;
         let found = py.detach(|| inner.align(&rows, maps, threads)).map_err(|e| to_python(py, e))?;
@@ -307,29 +309,60 @@ impl Aligner {
     }
 }
 
+/// Ids of one side's rows.
+#[derive(FromPyObject)]
+enum Side<'py> {
+    Flat(PyReadonlyArray1<'py, i32>),
+    Rows(Vec<PyReadonlyArray1<'py, i32>>),
+}
+
+impl Side<'_> {
+    /// The ids of each row; None where ptr does not cut them so.
+    fn rows(&self, ptr: &[i64]) -> PyResult<Option<Vec<&[i32]>>> {
+        let lengths = || ptr.windows(2).map(|w| usize::try_from(w[1].checked_sub(w[0])?).ok());
+        Ok(match self {
+            Side::Flat(ids) => {
+                let mut rest = ids.as_slice()?;
+                let mut cut = || {
+                    lengths()
+                        .map(|length| {
+                            let (row, behind) = rest.split_at_checked(length?)?;
+                            rest = behind;
+                            Some(row)
+                        })
+                        .collect()
+                };
+                let rows: Option<Vec<&[i32]>> = cut();
+                rows.filter(|_| rest.is_empty() && ptr.first() == Some(&0))
+            }
+            Side::Rows(rows) => {
+                let rows = rows.iter().map(|row| Ok(row.as_slice()?)).collect::<PyResult<Vec<_>>>()?;
+                let fits = lengths().eq(rows.iter().map(|row| Some(row.len())));
+                Some(rows).filter(|_| fits)
+            }
+        })
+    }
+}
+
 fn rows<'a>(
-    student: &'a [i32],
-    s_ptr: &[i64],
-    teacher: &'a [i32],
-    t_ptr: &[i64],
+    student: &[&'a [i32]],
+    teacher: &[&'a [i32]],
     segments: &'a [[i64; 4]],
     ptr: &[i64],
     texts: Option<&'a [String]>,
 ) -> Option<Vec<Row<'a>>> {
-    let count = s_ptr.len().checked_sub(1)?;
-    if t_ptr.len() != count + 1 || ptr.len() != count + 1 || texts.is_some_and(|t| t.len() != segments.len()) {
+    if teacher.len() != student.len()
+        || ptr.len() != student.len() + 1
+        || texts.is_some_and(|t| t.len() != segments.len())
+    {
         return None;
     }
     let cut = |from: i64, to: i64| Some(usize::try_from(from).ok()?..usize::try_from(to).ok()?);
-    let whole = s_ptr.first() == Some(&0)
-        && t_ptr.first() == Some(&0)
-        && s_ptr.last() == Some(&(student.len() as i64))
-        && t_ptr.last() == Some(&(teacher.len() as i64));
-    (0..count)
-        .map(|n| {
-            let student = student.get(cut(s_ptr[n], s_ptr[n + 1])?)?;
-            let teacher = teacher.get(cut(t_ptr[n], t_ptr[n + 1])?)?;
-            let own = cut(ptr[n], ptr[n + 1])?;
+    let sides = student.iter().zip(teacher);
+    sides
+        .zip(ptr.windows(2))
+        .map(|((student, teacher), own)| {
+            let own = cut(own[0], own[1])?;
             let segments = segments.get(own.clone())?;
             let texts = texts.and_then(|t| t.get(own));
             let (mut s, mut t) = (0, 0);
@@ -339,7 +372,7 @@ fn rows<'a>(
                 }
                 (s, t) = (*s1, *t1);
             }
-            let fits = whole && s <= student.len() as i64 && t <= teacher.len() as i64;
+            let fits = s <= student.len() as i64 && t <= teacher.len() as i64;
             fits.then_some(Row { student, teacher, segments, texts })
         })
         .collect()

@@ -127,7 +127,8 @@ impl Aligner {
             let stopped = || Err(Error::Stopped("an alignment thread stopped".into()));
             work.into_iter().map(|thread| thread.join().unwrap_or_else(|_| stopped())).collect()
         });
-        let mut all = Aligned::default();
+        let counted = |part: &Result<Aligned>| part.as_ref().map_or(0, |part| part.spans.len());
+        let mut all = Aligned::with_capacity(done.iter().map(counted).sum());
         for (part, (_, _, maps)) in done.into_iter().zip(blocks) {
             let base = all.spans.len() as i32;
             if base > 0 {
@@ -139,9 +140,8 @@ impl Aligner {
     }
 
     fn align_block(&self, rows: &[Row<'_>], first: usize, maps: (&mut [i32], &mut [i32])) -> Result<Aligned> {
-        let mut out = Aligned::default();
         let expected = rows.iter().map(|r| r.student.len().min(r.teacher.len())).sum::<usize>();
-        out.reserve(expected);
+        let mut out = Aligned::with_capacity(expected);
         let mut buffers = Buffers::default();
         let (mut a_rest, mut b_rest) = maps;
         for (n, row) in rows.iter().enumerate() {

@@ -9,6 +9,7 @@ mod junction;
 pub mod lossy;
 pub mod matching;
 pub mod normal;
+pub mod pages;
 pub mod push;
 pub mod ranks;
 pub mod record;

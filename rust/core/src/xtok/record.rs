@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::xtok::ahead::Stretch;
+use crate::xtok::pages;
 use crate::xtok::stream::{Ids, Stream};
 use crate::xtok::vocab::{kind, word_kind};
 use crate::xtok::walk::{chunk, Chunk, Sink};
@@ -21,10 +22,14 @@ pub struct Aligned {
 }
 
 impl Aligned {
-    pub fn reserve(&mut self, chunks: usize) {
-        self.spans.reserve(chunks);
-        self.flags.reserve(chunks);
-        self.bytes.reserve(chunks);
+    /// With room for so many chunks.
+    pub fn with_capacity(chunks: usize) -> Aligned {
+        Aligned {
+            spans: pages::with_capacity(chunks),
+            flags: pages::with_capacity(chunks),
+            bytes: pages::with_capacity(chunks),
+            ..Aligned::default()
+        }
     }
 
     /// Forgets the chunks from `count` on.
