@@ -81,27 +81,30 @@ def triton_variants() -> list[tuple[str, str, str, str, tuple[tuple[str, object]
     variants.append(("topk", "", "bf16", "k=1024", (("LIST", 2048),)))
     variants.append(("topk", "", "bf16", "k=64 softcap", (("SOFTCAP", True),)))
     variants.append(("more", "", "bf16", "ids, T", ()))
+    variants.append(("chunk sums", "", "fp32", "", ()))
+    variants.append(("chunk sums, backward", "", "fp32", "", ()))
     return variants
 
 
 def parameter_type(name: str, dtype: str, values: int) -> str | tuple[str, ...]:
     """The type of a kernel's parameter in Triton's words, by its name."""
     exact: dict[str, str | tuple[str, ...]] = {"values": ("fp32",) * values, "p_labels": "*i64", "p_tokens": "*i64"}
-    exact |= dict.fromkeys(("p_ids", "p_sorted", "p_list", "p_ranks"), "*i32")
+    exact |= dict.fromkeys(("p_ids", "p_sorted", "p_list", "p_ranks", "p_chunk"), "*i32")
+    exact |= dict.fromkeys(("p_starts", "p_ends"), "*i64")
     if name in exact:
         return exact[name]
     if name in ("p_student", "p_teacher", "p_grad", "p_logits"):
         return f"*{dtype}"
     if name.startswith("p_"):
         return "*fp32"
-    return "i32" if name in ("columns", "vocab", "k") or name.endswith("_stride") else "fp32"
+    return "i32" if name in ("columns", "vocab", "k", "count", "tokens") or name.endswith("_stride") else "fp32"
 
 
 def compile_triton(job: tuple[str, str, str, str, tuple[tuple[str, object], ...], int]) -> list[Result]:
     kernel, name, dtype, special, different, arch = job
     import triton
     from potstill import divergences
-    from potstill.kernels import triton_rows, triton_topk
+    from potstill.kernels import triton_chunks, triton_rows, triton_topk
     from potstill.kernels.triton_formula import device_function
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -112,6 +115,8 @@ def compile_triton(job: tuple[str, str, str, str, tuple[tuple[str, object], ...]
         "sparse": (triton_rows.sparse_kernel, triton_rows.launch_shape(151936, triton_rows.SPARSE_BLOCK)),
         "topk": (triton_topk.topk_kernel, triton_topk.launch_shape(151936, 64)),
         "more": (triton_topk.more_kernel, triton_topk.launch_shape(151936, 64)),
+        "chunk sums": (triton_chunks.sums_kernel, dict(triton_chunks.LAUNCH)),
+        "chunk sums, backward": (triton_chunks.gather_kernel, dict(triton_chunks.LAUNCH)),
     }[kernel]
     options = {name: shape.pop(name) for name in ("num_warps", "maxnreg")}
     constants = {

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
+from potstill.kernels.triton_rows import _on
+
+LAUNCH = {"BLOCK": 128, "num_warps": 4, "maxnreg": 64}
 
 
 @triton.jit
-def _sums(p_values, p_chunk, p_starts, p_ends, p_sums, count, BLOCK: tl.constexpr):
+def sums_kernel(p_values, p_chunk, p_starts, p_ends, p_sums, count, BLOCK: tl.constexpr):
     o_chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o_chunk < count
     b_start = tl.load(p_starts + o_chunk, mask=inside, other=0)
@@ -30,7 +32,7 @@ def _sums(p_values, p_chunk, p_starts, p_ends, p_sums, count, BLOCK: tl.constexp
 
 
 @triton.jit
-def _gather(p_grad, p_values, p_chunk, p_out, tokens, BLOCK: tl.constexpr):
+def gather_kernel(p_grad, p_values, p_chunk, p_out, tokens, BLOCK: tl.constexpr):
     o_token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o_token < tokens
     b_chunk = tl.load(p_chunk + o_token, mask=inside, other=-1)
@@ -40,12 +42,17 @@ def _gather(p_grad, p_values, p_chunk, p_out, tokens, BLOCK: tl.constexpr):
     tl.store(p_out + o_token, tl.where(counted, b_grad, 0.0), mask=inside)
 
 
+def _grid(count: int) -> tuple[int]:
+    return (triton.cdiv(count, LAUNCH["BLOCK"]),)
+
+
 def chunk_sums(values: Tensor, chunk: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     """See reference/chunks.py."""
     values, chunk, starts, ends = (x.contiguous() for x in (values, chunk, starts, ends))
     sums = torch.empty(len(starts), dtype=values.dtype, device=values.device)
     if len(sums):
-        _sums[(triton.cdiv(len(sums), BLOCK),)](values, chunk, starts, ends, sums, len(sums), BLOCK=BLOCK)
+        with _on(sums):
+            sums_kernel[_grid(len(sums))](values, chunk, starts, ends, sums, len(sums), **LAUNCH)
     return sums
 
 
@@ -55,5 +62,6 @@ def chunk_sums_backward(grad: Tensor, values: Tensor, chunk: Tensor) -> Tensor:
         return torch.zeros_like(values)
     grad, values, chunk = (x.contiguous() for x in (grad, values, chunk))
     out = torch.empty_like(values)
-    _gather[(triton.cdiv(len(out), BLOCK),)](grad, values, chunk, out, len(out), BLOCK=BLOCK)
+    with _on(out):
+        gather_kernel[_grid(len(out))](grad, values, chunk, out, len(out), **LAUNCH)
     return out
