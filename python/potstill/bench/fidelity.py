@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,13 @@ def missing() -> str | None:
     return None
 
 
-def logits(rows: int, length: int = 128) -> tuple[Tensor, Tensor]:
+def logits(rows: int) -> tuple[Tensor, Tensor]:
     """(teacher's, student's) logits, fp32 [rows, V]."""
+    return both(lambda model, ids: model(ids).logits.float(), rows)
+
+
+def both(run: Callable[[Any, Tensor], Tensor], rows: int, length: int = 128) -> tuple[Tensor, Tensor]:
+    """`run` (a model and ids [1, length] to [1, length, ...]) of the teacher and of the student, [rows, ...] each."""
     from potstill.capture import load_model, token_sequences
     from potstill.demo.corpus import standard_library
 
@@ -47,14 +52,14 @@ def logits(rows: int, length: int = 128) -> tuple[Tensor, Tensor]:
         [torch.as_tensor(s.tokens).long() for s, _ in zip(sequences, range(rows // length), strict=False)]
     )
 
-    def run() -> Tensor:
+    def over_all() -> Tensor:
         with torch.no_grad():
-            return torch.cat([model(row[None]).logits[0].float() for row in ids])
+            return torch.cat([run(model, row[None])[0] for row in ids])
 
-    teacher, layers = run(), model.model.layers
+    teacher, layers = over_all(), model.model.layers
     model.model.layers = nn.ModuleList(x for i, x in enumerate(layers) if i not in WITHOUT)
     try:
-        return teacher, run()
+        return teacher, over_all()
     finally:
         model.model.layers = layers
 

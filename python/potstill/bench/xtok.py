@@ -1,4 +1,4 @@
-"""Alignment and cross-tokenizer losses on one thread: beside TRL's walk over offsets, full sorts, and plain logits."""
+"""Alignment on one thread, beside TRL's walk over offsets; and the losses of xtok_losses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
-from potstill.bench.measure import Variant, in_turns, peak_in_process, spread
-from potstill.teachers import Head
-from potstill.xtok import Aligner, VocabBytes, alm, uld
-
-Row = dict[str, Any]
+from potstill.bench import xtok_losses
+from potstill.bench.measure import Variant, in_turns
+from potstill.bench.xtok_losses import Row, figure
+from potstill.xtok import Aligner, VocabBytes
 
 
 def package_file(package: str, name: str) -> Path | None:
@@ -75,10 +73,9 @@ def align_rows(repeats: int, rows: int, note: Any) -> list[Row]:
     if trl := trl_walk():
         calls["TRL, offsets given"] = lambda: [trl(s, t) for s, t in zip(*offsets, strict=True)]
     seconds = in_turns(calls, repeats)
-    tokens = sum(map(len, a))
+    tokens, case = sum(map(len, a)), f"align {rows} rows of up to 2,048 tokens"
     return [
-        _row(f"align {rows} rows of up to 2,048 tokens", name, "M tokens/s a side", tokens / median(taken) / 1e6, taken)
-        for name, taken in seconds.items()
+        figure(case, name, "M tokens/s a side", tokens / median(taken) / 1e6, taken) for name, taken in seconds.items()
     ]
 
 
@@ -104,80 +101,17 @@ def build_rows(repeats: int) -> list[Row]:
     merges = [f"Ġ{n:x} ab" for n in range(250_000)]
     spec = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "decoder": {"type": "ByteLevel"}}
     content = json.dumps(spec, ensure_ascii=False).encode()
-    VocabBytes(Vocab.parse(content, "json"))
+    built = VocabBytes(Vocab.parse(content, "json"))
+    if len(built) != 250_000 or built[0xABCDE % 250_000] != b" %xab" % (0xABCDE % 250_000):
+        raise AssertionError("the vocabulary has other bytes than its file; nothing was timed")
+    del built
     # a vocabulary that is alive is not built again; nothing keeps these
     seconds = in_turns({"potstill": lambda: Vocab.parse(content, "json")}, repeats)
-    return [_row("VocabBytes of 250,000 ids", name, "s", median(taken), taken) for name, taken in seconds.items()]
-
-
-def uld_rows(repeats: int, rows: int, vocab: int) -> list[Row]:
-    """ULD over given logits: top-128 of both sides against full sorts; and how far the loss is off."""
-    import potstill
-
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(rows, vocab, generator=generator) * 3 for _ in range(2))
-
-    def short() -> torch.Tensor:
-        q, p = (potstill.topk(z, 128).log_probs.exp() for z in (student, teacher))
-        return (q - p).abs().sum(-1) + (q.sum(-1) - p.sum(-1)).abs()
-
-    full = uld.uld_full(student, teacher)
-    off = float((short() - full).abs().mean() / full.mean())
-    seconds = in_turns({"full sort": lambda: uld.uld_full(student, teacher), "potstill": short}, repeats)
-    base = median(seconds["full sort"])
-    out = [_row(f"ULD, {rows} rows, V={vocab:,}", n, "x full sort", base / median(t), t) for n, t in seconds.items()]
-    return [*out, _row(f"ULD, {rows} rows, V={vocab:,}", "top-128, relative error", "", off, [1.0])]
-
-
-def alm_calls(rows: int, vocab: int, hidden: int) -> dict[str, Any]:
-    """ALM forward and backward from hidden states, and by whole logits; one chunk for every two tokens."""
-    generator = torch.Generator().manual_seed(0)
-    state = torch.randn(rows, hidden, generator=generator).requires_grad_()
-    weight = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5).requires_grad_()
-    ids = torch.randint(vocab, (rows,), generator=generator)
-    tokens = VocabBytes.from_callback(3, [b"a", b"aa", b"b"].__getitem__)
-    n = rows // 2
-    alignment = Aligner(tokens, tokens)([0, 0] * n, [1] * n)
-    teacher = -torch.rand(n, generator=generator)
-
-    def ours() -> float:
-        loss = alm.linear_alm_loss(state, Head(weight), ids, teacher, alignment)
-        torch.autograd.grad(loss, (state, weight))
-        return float(loss.detach())
-
-    def plain() -> float:
-        table = (state @ weight.T).log_softmax(-1)
-        found = torch.cat([table.new_zeros(1), table[:-1].gather(1, ids[1:, None])[:, 0]])
-        loss = alm.alm_loss(found, teacher, alignment, chunk_mask=alm.predicted_chunks(alignment))
-        torch.autograd.grad(loss, (state, weight))
-        return float(loss.detach())
-
-    return {"potstill": ours, "whole logits": plain}
-
-
-def alm_rows(repeats: int, rows: int, vocab: int, hidden: int) -> list[Row]:
-    shape = dict(rows=rows, vocab=vocab, hidden=hidden)
-    calls = alm_calls(**shape)
-    values = {name: call() for name, call in calls.items()}
-    if abs(values["potstill"] - values["whole logits"]) > 1e-4 * abs(values["whole logits"]):
-        raise AssertionError(f"ALM gives {values}; nothing was timed")
-    seconds = in_turns(calls, repeats)
-    case, base = f"ALM, {rows} tokens, V={vocab:,}, forward + backward", median(seconds["whole logits"])
-    out = [_row(case, name, "x whole logits", base / median(taken), taken) for name, taken in seconds.items()]
-    for name in calls:
-        peak = peak_in_process("potstill.bench.xtok:alm_calls", {**shape, "choose": name}, 1)
-        beyond = (peak - 4 * hidden * (rows + vocab)) / 1e6
-        out.append(_row(case, f"{name}, memory beyond gradients", "MB", beyond, [1.0]))
-    return out
+    return [figure("VocabBytes of 250,000 ids", name, "s", median(taken), taken) for name, taken in seconds.items()]
 
 
 def figures(*, smoke: bool, repeats: int, note: Any) -> list[Row]:
     """All rows; one thread."""
     out = align_rows(repeats, 8 if smoke else 400, note)
     out += build_rows(repeats)
-    out += uld_rows(repeats, 4 if smoke else 64, 4_000 if smoke else 151_936)
-    return out + alm_rows(repeats, *((64, 2_000, 16) if smoke else (4_096, 32_768, 256)))
-
-
-def _row(case: str, variant: str, unit: str, value: float, seconds: list[float]) -> Row:
-    return {"case": case, "variant": variant, "value": value, "unit": unit, "spread": spread(seconds)}
+    return out + xtok_losses.figures(smoke=smoke, repeats=repeats, note=note)
