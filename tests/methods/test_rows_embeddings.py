@@ -257,11 +257,16 @@ def test_33_the_contrast_is_cross_entropy_against_the_teachers_features():
     torch.testing.assert_close(got, infonce(w.features(), w.t_features(), 0.07), rtol=1e-13, atol=0)
 
 
-def test_34_states_from_a_file_give_the_same_loss(tmp_path):
+def test_34_states_from_a_cache_give_the_same_loss(tmp_path):
     w = World(torch.float32, PROJECTOR)
     live = medicine_call(w)
-    torch.save(w.t_features(), tmp_path / "states.pt")
-    stored = torch.load(tmp_path / "states.pt", weights_only=True)
+    spec = ps.cache.Spec(vocab_size=2, k=1, columns=(ps.cache.Column("state", "fp32", D, "sequence"),))
+    row = ps.topk(torch.zeros(1, 2), 1)
+    with ps.cache.Writer(tmp_path, spec) as writer:
+        for i, state in enumerate(w.t_features()):
+            writer.add(f"{i}", torch.zeros(1, dtype=torch.int64), row, columns={"state": state})
+    cache = ps.cache.open(tmp_path)
+    stored = torch.stack([cache[f"{i}"].columns["state"] for i in range(B)])
     w.t_features = lambda *_: stored
     assert medicine_call(w) == live
 

@@ -267,6 +267,23 @@ def test_06_short_rows_are_compared_on_what_they_have():
         torch.testing.assert_close(*pair)
 
 
+@pytest.mark.parametrize("other_token", [False, True])
+def test_06_five_entries_from_a_cache_give_the_same_loss(other_token, tmp_path):
+    w = World(torch.float32, {})
+    live = ps.topk(w.zt, 5)
+    with ps.cache.Writer(tmp_path, ps.cache.Spec(vocab_size=V, k=5, values="fp32")) as writer:
+        for i in range(B):
+            writer.add(f"{i}", w.tokens[i], live[i])
+    cached, _ = ps.cache.open(tmp_path).packed([f"{i}" for i in range(B)])
+    found = []
+    shaped = [x.view(B, T, *x.shape[1:]) for x in (cached.ids, cached.log_probs, cached.log_rest)]
+    for topk in (live, ps.TopK(*shaped)):
+        loss = logits.best_entries_kl(w.hidden, w.weight, topk, w.keep, other_token=other_token)
+        found.append([loss, *torch.autograd.grad(loss, list(w.net.parameters()), retain_graph=True, allow_unused=True)])
+    for got, expected in zip(*found, strict=True):
+        assert (got is None and expected is None) or torch.equal(got, expected)
+
+
 def test_07_acceptance_rises_while_total_variation_falls():
     w = World(torch.float32, {})
     found = []
