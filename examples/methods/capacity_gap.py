@@ -18,7 +18,7 @@ STUDENT = 12
 
 def experiment(seed: int, smoke: bool) -> dict:
     part = 20 if smoke else 1
-    steps = 20 if smoke else 180
+    steps = 4 if smoke else 180
     source = Source(seed, order=3, sharpness=6.0)
     data = windows(draw(source, 500 // part, 30, seed))
     few = windows(draw(source, 60 // part, 30, seed + 100))

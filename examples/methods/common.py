@@ -96,17 +96,17 @@ def windows(sequences: Tensor, context: int = 3) -> tuple[Tensor, Tensor]:
 
 def train(
     model: nn.Module, loss: Callable[[int, Tensor], Tensor], rows: int, steps: int, *, seed: int = 0, batch: int = 192,
-    lr: float = 5e-3, probe: Callable[[int], None] | None = None, every: int = 50,
+    lr: float = 5e-3, decay: bool = True, probe: Callable[[int], None] | None = None, every: int = 50,
     after: Callable[[], None] | None = None,
 ) -> None:  # fmt: skip
-    """Adam with linear decay; loss(step, indices [batch] of `rows`); probe(step) now and then; after() each step."""
+    """Adam, with linear decay; loss(step, indices [batch] of `rows`); probe(step) now and then; after() each step."""
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     for step in range(steps):
         if probe is not None and step % every == 0:
             probe(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
+            group["lr"] = lr * (1 - step / steps) if decay else lr
         value = loss(step, torch.randint(0, rows, (batch,), generator=g))
         optimizer.zero_grad()
         value.backward()
@@ -180,7 +180,7 @@ def report(
     (asked.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     from plots import draw_picture
 
-    draw_picture(asked.out / f"{name}.png", claim, lambda axis: picture(axis, runs))
+    draw_picture(asked.out / f"{name}.png", claim, lambda axis: picture(axis, runs), dpi=50 if asked.smoke else 110)
     print(f"{name}: {claim}")
     for label, (mean, error) in figures.items():
         print(f"  {label:<42} {mean:10.4f}" + ("" if error is None else f" ± {error:.4f}"))

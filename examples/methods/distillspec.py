@@ -35,11 +35,11 @@ def accepted(draft, target, contexts, seed: int) -> tuple[float, float, float]:
 
 def experiment(seed: int, smoke: bool) -> dict:
     part = 20 if smoke else 1
-    steps = 20 if smoke else 250
+    steps = 4 if smoke else 250
     source = Source(seed, order=3, sharpness=4.0)
     data = windows(draw(source, 800 // part, 30, seed))
-    target = pretrained(seed, data, source.vocab, 96, 20 if smoke else 500)
-    draft = pretrained(seed + 1, data, source.vocab, 12, 20 if smoke else 250, layers=1)
+    target = pretrained(seed, data, source.vocab, 96, 4 if smoke else 500)
+    draft = pretrained(seed + 1, data, source.vocab, 12, 4 if smoke else 250, layers=1)
     prompts = windows(draw(target, 300 // part, 30, seed + 100))[0]
     found: dict = {}
     worst = 0.0

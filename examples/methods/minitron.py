@@ -39,12 +39,12 @@ def pruned(model: TinyLM, contexts: torch.Tensor) -> TinyLM:
 
 def experiment(seed: int, smoke: bool) -> dict:
     part = 20 if smoke else 1
-    steps = 20 if smoke else 300
+    steps = 4 if smoke else 300
     source = Source(seed, order=3, sharpness=6.0)
     data = windows(draw(source, 1200 // part, 30, seed))
     few = windows(draw(source, 150 // part, 30, seed + 100))
     held_out = windows(draw(source, 150 // part, 30, seed + 500))
-    whole = pretrained(seed, data, source.vocab, 48, 20 if smoke else 700, layers=LAYERS)
+    whole = pretrained(seed, data, source.vocab, 48, 4 if smoke else 700, layers=LAYERS)
     found: dict = {"whole: held-out loss": float(cross_entropy(whole, *held_out).detach())}
     for name in ("logits", "labels", "labels, from scratch"):
         student = pruned(whole, few[0])

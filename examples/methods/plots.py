@@ -11,7 +11,7 @@ INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 COLOURS = ("#0f766e", "#c2410c", "#4f46e5", "#9ca3af", "#a16207")
 
 
-def draw_picture(path: Path, title: str, fill: Callable[[Any], None]) -> None:
+def draw_picture(path: Path, title: str, fill: Callable[[Any], None], *, dpi: int = 110) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +22,7 @@ def draw_picture(path: Path, title: str, fill: Callable[[Any], None]) -> None:
         "axes.spines.right": False, "xtick.color": MUTED, "ytick.color": MUTED, "legend.frameon": False,
     }  # fmt: skip
     with plt.rc_context(style):
-        figure, axis = plt.subplots(figsize=(6.2, 3.4), dpi=110, layout="constrained")
+        figure, axis = plt.subplots(figsize=(6.2, 3.4), dpi=dpi, layout="constrained")
         axis.grid(axis="y", color=GRID, linewidth=0.8)
         axis.set_axisbelow(True)
         axis.set_title(title, fontsize=9, loc="left", wrap=True)

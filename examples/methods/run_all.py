@@ -2,7 +2,7 @@
 
 python examples/methods/run_all.py                       all that have no result yet (--force: all)
 python examples/methods/run_all.py taid ddk --seeds 8    these
-python examples/methods/run_all.py --write-docs          the page and its pictures, from the results there are
+python examples/methods/run_all.py --write-docs          the pages and pictures, from the results there are
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ NAMES = (
     "taid", "teacher_hacking", "first", "distillspec", "miniplm", "ddk", "capacity_gap", "squarehead", "alm",
     "minitron",
 )  # fmt: skip
+BEGIN, END = "<!-- miniatures: python examples/methods/run_all.py --write-docs -->", "<!-- end of miniatures -->"
+ROWS = {
+    "taid": 1, "teacher_hacking": 3, "first": 6, "distillspec": 7, "miniplm": 26, "ddk": 8, "capacity_gap": 4,
+    "squarehead": 16, "alm": 27, "minitron": 9,
+}  # fmt: skip
 INTRODUCTION = """# Miniatures of published headlines
 
 Each script in `examples/methods/` asks for the direction of a paper's headline with this library, in a minute or two on
@@ -53,6 +58,17 @@ def page(found: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(found: list[dict]) -> str:
+    """The section of docs/methods.md."""
+    lines = ["| row | claim | direction | found | again with |", "| --- | --- | --- | --- | --- |"]
+    for r in sorted(found, key=lambda r: ROWS[r["name"]]):
+        said = "shows" if r["shows"] else "does not show"
+        command = f"`python examples/methods/{r['name']}.py`"
+        link = f"[{r['claim']}](methods-miniatures.md#{r['name']})"
+        lines.append(f"| {ROWS[r['name']]} | {link} | {said} | {r['sentence']} | {command} |")
+    return "\n".join(lines)
+
+
 def write_docs(results: Path, docs: Path) -> None:
     files = [results / f"{name}.json" for name in NAMES]
     found = [json.loads(file.read_text()) for file in files if file.exists()]
@@ -65,6 +81,9 @@ def write_docs(results: Path, docs: Path) -> None:
         if (picture := results / f"{result['name']}.png").exists():  # results are kept, pictures only in docs
             shutil.copyfile(picture, docs / "methods" / picture.name)
     (docs / "methods-miniatures.md").write_text(page(found))
+    text = (docs / "methods.md").read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    (docs / "methods.md").write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--write-docs", action="store_true", help="Only write the page.")
+    parser.add_argument("--write-docs", action="store_true", help="Only write the pages.")
     parser.add_argument("--docs", type=Path, default=DOCS)
     asked = parser.parse_args(argv)
     if asked.write_docs:

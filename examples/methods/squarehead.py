@@ -34,12 +34,12 @@ def pruned(model: TinyLM) -> tuple[TinyLM, list[tuple[torch.Tensor, torch.Tensor
 
 def experiment(seed: int, smoke: bool) -> dict:
     part = 20 if smoke else 1
-    steps = 20 if smoke else 300
+    steps = 4 if smoke else 300
     source = Source(seed, order=3, sharpness=6.0)
     data = windows(draw(source, 1200 // part, 30, seed))
     few = windows(draw(source, 80 // part, 30, seed + 100))
     held_out = windows(draw(source, 150 // part, 30, seed + 500))
-    dense = pretrained(seed, data, source.vocab, 48, 20 if smoke else 700, layers=2)
+    dense = pretrained(seed, data, source.vocab, 48, 4 if smoke else 700, layers=2)
     found = {"dense: held-out loss": float(cross_entropy(dense, *held_out).detach())}
     for name in ("not tuned", "cross-entropy", "and logits", "and SquareHead"):
         student, masks = pruned(dense)

@@ -12,11 +12,11 @@ CLAIM = "With a large gap in capacity, TAID's student ends no further from the t
 
 def experiment(seed: int, smoke: bool) -> dict:
     part = 20 if smoke else 1
-    steps = 20 if smoke else 400
+    steps = 4 if smoke else 400
     source = Source(seed, order=3, sharpness=4.0)
     data = windows(draw(source, 600 // part, 40, seed))
     held_out = windows(draw(source, 60 // part, 40, seed + 500))[0]
-    teacher = pretrained(seed, data, source.vocab, 128, 20 if smoke else 300)
+    teacher = pretrained(seed, data, source.vocab, 128, 4 if smoke else 300)
     found: dict = {}
     for name in ("forward_kl", "taid"):
         student = TinyLM(seed + 50, source.vocab, 6, layers=1, context=3)

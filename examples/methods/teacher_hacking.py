@@ -1,21 +1,24 @@
 """Teacher hacking (arXiv:2502.02671): an oracle, a teacher of its sequences, a student distilled from the teacher.
 
-As set up here (the teacher read 3,000 sequences of the oracle) neither curve turns. With a teacher overfitted to 250
-sequences both turned, and on regenerated data more: the student passed a smoother point on its way to the teacher.
+Teacher and student have read the oracle, the teacher ten times as much. Then the student learns the teacher's
+distributions for long: on ten sequences, some two thousand times over, or on four thousand. The proxy is its distance
+to the teacher on what it trains on (of the many: on others), the golden one that to the oracle on the oracle's text.
 """
 
 from __future__ import annotations
 
+import copy
+
 import potstill as ps
 import torch
-from common import Source, TinyLM, cross_entropy, draw, pretrained, report, train, windows
+from common import Source, draw, pretrained, report, train, windows
 from plots import curves
 from potstill.methods.metrics import sequence_kl_exact_tokens, teacher_hacking
 
 CLAIM = (
     "On a fixed small set the distance to the oracle turns up while that to the teacher falls; on new data it does not"
 )
-LENGTH = 16
+LENGTH, FIXED = 16, 10  # tokens behind a prompt; sequences of the fixed set
 
 
 @torch.no_grad()
@@ -29,39 +32,38 @@ def sequence_distance(model, student, sequences) -> float:
 
 
 def experiment(seed: int, smoke: bool) -> dict:
-    part = 20 if smoke else 1
-    steps, fixed = (20, 20) if smoke else (600, 30)
+    part = 40 if smoke else 1
+    steps = 4 if smoke else 1600
     oracle = Source(seed, order=3, sharpness=4.0)
     data = windows(draw(oracle, 3000 // part, LENGTH, seed))
-    teacher = pretrained(seed, data, oracle.vocab, 32, 20 if smoke else 500)
+    few = windows(draw(oracle, 300 // part, LENGTH, seed + 400))
+    teacher = pretrained(seed, data, oracle.vocab, 32, 4 if smoke else 500)
     golden_set = draw(oracle, 150 // part, LENGTH, seed + 900)
-    train_set = draw(teacher, fixed, LENGTH, seed + 100)
+    train_set = draw(teacher, FIXED, LENGTH, seed + 100)
     held_out = draw(teacher, 150 // part, LENGTH, seed + 200)
-    pool = draw(teacher, fixed if smoke else 4000, LENGTH, seed + 300)
-    found: dict = {}
+    pool = draw(teacher, 4000 // part, LENGTH, seed + 300)
+    begun = pretrained(seed + 50, few, oracle.vocab, 64, 4 if smoke else 150)  # both have read the oracle
+    found: dict = {"teacher: distance to the oracle": sequence_distance(oracle, teacher, golden_set)}
     for name in ("fixed", "regenerated"):
-        student = TinyLM(seed + 50, oracle.vocab, 64, context=3)
-        start = windows(
-            draw(oracle, 60 // part, LENGTH, seed + 400)
-        )  # a student that has seen some of the oracle, as in the paper
-        train(student, lambda _, i, s=student, d=start: cross_entropy(s, d[0][i], d[1][i]), len(start[0]), steps // 10)
+        student = copy.deepcopy(begun)
         contexts = windows(train_set if name == "fixed" else pool)[0]
         proxy, golden, unseen = [], [], []
 
         def probe(step, student=student, proxy=proxy, golden=golden, unseen=unseen, name=name):
-            proxy.append((step, sequence_distance(teacher, student, train_set if name == "fixed" else held_out)))
             unseen.append((step, sequence_distance(teacher, student, held_out)))
             golden.append((step, sequence_distance(oracle, student, golden_set)))
+            proxy.append((step, sequence_distance(teacher, student, train_set)) if name == "fixed" else unseen[-1])
 
         def loss(_, i, student=student, contexts=contexts):
             x = contexts[i]
             return ps.linear_distill_loss(student.hidden(x), student.head, teacher.teacher(x))
 
-        train(student, loss, len(contexts), steps, seed=seed, probe=probe, every=max(1, steps // 14))
+        train(student, loss, len(contexts), steps, seed=seed, decay=False, probe=probe, every=max(1, steps // 20))
         read = teacher_hacking([y for _, y in proxy], [y for _, y in golden])
         found[f"{name}: proxy curve"], found[f"{name}: golden curve"] = proxy, golden
         found[f"{name}: proxy, first"], found[f"{name}: proxy, last"] = proxy[0][1], proxy[-1][1]
         found[f"{name}: proxy on unseen, last"] = unseen[-1][1]
+        found[f"{name}: golden, first"] = golden[0][1]
         found[f"{name}: golden, least"], found[f"{name}: golden, last"] = golden[read.turn][1], golden[-1][1]
         found[f"{name}: golden rises by"] = read.rise
         found[f"{name}: proxy falls meanwhile by"] = read.proxy_fall

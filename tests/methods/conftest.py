@@ -1,8 +1,11 @@
-"""Fixtures of the methods' tests: value and gradient against a plain formula, and the largest allocation."""
+"""Fixtures of the methods' tests: a plain formula's value and gradient, the largest allocation, the miniatures."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +39,16 @@ def largest():
         made[0] = max(event.self_cpu_memory_usage for event in seen.function_events)
 
     return watch
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Imports a module of examples/methods, as running a script there would."""
+    folder = Path(__file__).parents[2] / "examples" / "methods"
+    sys.path.insert(0, str(folder))
+    before = set(sys.modules)
+    yield importlib.import_module
+    sys.path.remove(str(folder))
+    for name in set(sys.modules) - before:
+        if (folder / f"{name}.py").exists():
+            del sys.modules[name]
