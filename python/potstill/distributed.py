@@ -31,7 +31,7 @@ def materialized_head(
     are. FSDP2: after `student_hidden` the head is still whole from the forward's own all-gather and FSDP reduces its
     gradient; without gradients its unit is released when the context ends. A DTensor (FSDP2 without that forward,
     tensor parallelism): one all-gather; in backward the gradient is averaged over the processes and each keeps its
-    shard. ZeRO-3: `deepspeed.zero.GatheredParameters` while the context is open.
+    shard. ZeRO-3: gathered here, and released with the context or, where it learns, after the backward.
 
     What the model applies to its logits is not asked of the sharded model: call `Head.from_model(model)` once before it
     is sharded, and what it finds is remembered; otherwise the usual meaning of the configuration is taken.
@@ -68,14 +68,21 @@ def _refuse_fsdp1(model: Any) -> None:
         )
 
 
-def zero3_gathered(parameters: list[Any]) -> Any:
-    """DeepSpeed's context in which those of the parameters that ZeRO-3 has cut are whole; nothing for none."""
-    cut = [x for x in parameters if hasattr(x, "ds_id")]
-    if not cut:
-        return contextlib.nullcontext()
-    import deepspeed  # whose parameters they are
+@contextlib.contextmanager
+def zero3_gathered(parameters: list[Any]) -> Iterator[None]:
+    """Those of the parameters that ZeRO-3 has cut are whole inside, and where they learn, until the backward has ended:
+    a gradient is accumulated into a parameter that has its shape.
+    """
+    learning = torch.is_grad_enabled()
+    with contextlib.ExitStack() as stack:
+        for x in parameters:
+            if hasattr(x, "ds_id") and learning and x.requires_grad:
+                x.all_gather()
+            elif hasattr(x, "ds_id"):
+                import deepspeed  # whose parameters they are
 
-    return deepspeed.zero.GatheredParameters(cut)
+                stack.enter_context(deepspeed.zero.GatheredParameters([x]))
+        yield
 
 
 def gathered(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -83,13 +90,33 @@ def gathered(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     if not isinstance(x, DTensor):
-        return x.view_as(x) if hasattr(x, "ds_id") else x
+        return _Zero3.apply(x) if hasattr(x, "ds_id") else x
     if sum(not placement.is_replicate() for placement in x.placements) > 1:
         raise ValueError(
             f"the head is placed as {x.placements} over {x.device_mesh}: cut more than once. With tensor parallelism "
             "keep the vocabulary cut: Head(rows, vocab_size=, vocab_start=, group=)"
         )
     return _Gather.apply(x if dtype is None else x.to(dtype))
+
+
+class _Zero3(torch.autograd.Function):
+    """A gathered parameter of ZeRO-3, released after the backward that gives it its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:  # type: ignore[override]
+        ctx.parameter = x
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x = ctx.parameter
+
+        def release() -> None:
+            if not x.ds_active_sub_modules:  # else the embedding that it is tied to has it, and is released by ZeRO-3
+                x.partition()
+
+        torch.autograd.Variable._execution_engine.queue_callback(release)
+        return grad
 
 
 class _Gather(torch.autograd.Function):

@@ -89,3 +89,30 @@ def test_the_hook_is_removed_when_the_forward_fails(model):
     with pytest.raises(IndexError):
         final_hidden(model, input_ids=torch.tensor([[10**6]]))
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+class Engine(nn.Module):
+    """As DeepSpeed's engine: it has its model's attributes beside its own."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *inputs, **kwargs):
+        return self.module(*inputs, **kwargs)
+
+
+def test_an_engine_with_its_models_attributes_is_looked_through():
+    from potstill.integrations.transformers import student_hidden
+
+    model = next(models()).eval()
+    engine = Engine(model)
+    assert unwrap(engine) is model and unwrap(model) is model
+    batch = {"input_ids": torch.randint(0, 61, (2, 7)), "labels": torch.zeros(2, 7), "key": ["a", "b"]}
+    torch.testing.assert_close(student_hidden(engine, batch)[0], student_hidden(model, batch)[0])

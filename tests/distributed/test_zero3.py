@@ -1,10 +1,11 @@
-"""ZeRO-3, where DeepSpeed is installed: it is no requirement of the tests, and this has not been run yet."""
+"""ZeRO-3 with DeepSpeed itself, where it is installed: it comes as sources alone, and no test requires it."""
 
 from __future__ import annotations
 
 import pytest
 
 
+@pytest.mark.nightly
 def test_zero3_trains_as_one_process(in_processes, tmp_path):
     pytest.importorskip("deepspeed")
     import trainer_work

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 
 def unwrap(model: Any) -> Any:
-    """The causal LM inside data-parallel, torch.compile and peft wrappers."""
+    """The causal LM inside data-parallel, DeepSpeed, torch.compile and peft wrappers."""
     while True:
+        own = hasattr(type(model), "get_output_embeddings")  # DeepSpeed's engine has its model's attributes besides
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "get_output_embeddings"):
+        elif isinstance(getattr(model, "module", None), nn.Module) and not own:
             model = model.module
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -64,7 +65,8 @@ def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -
         caught.append(args[0])
         return args if all_logits else (args[0][..., -1:, :], *args[1:])
 
-    handle = head.register_forward_pre_hook(catch)
+    # before ZeRO-3's own hook, which would wait in the backward for a gradient of the head's output
+    handle = head.register_forward_pre_hook(catch, prepend=hasattr(head.weight, "ds_id"))
     try:
         outputs = model(**inputs)
     finally:
