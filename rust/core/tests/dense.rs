@@ -225,3 +225,77 @@ proptest! {
         }
     }
 }
+
+// rows of k entries over 3,000 ids; runs of equal log-probabilities, and gaps that need an escape
+fn long(k: usize, n: usize, ragged: bool) -> Given {
+    const V: usize = 3000;
+    let mut seed = k as u32;
+    let mut next = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) as usize
+    };
+    let mut given = Given::default();
+    for i in 0..n {
+        let count = if ragged { next() % (k + 1) } else { k };
+        let (start, mut top) = (next() % V, -0.02 * (next() % 50) as f32);
+        for j in 0..k {
+            let gap = [0.0, 0.0, 0.1, 0.0, 0.3, 0.07, 0.0, 9.0][next() % if j < 9 { 8 } else { 7 }];
+            top -= gap;
+            given.ids.push(if j < count { ((start + 7 * j) % V) as i32 } else { -1 });
+            given.log_probs.push(if j < count { top } else { f32::NEG_INFINITY });
+        }
+        given.counts.push(count as u16);
+        let before = if i > 0 { given.ids[(i - 1) * k + next() % k] } else { -1 };
+        given.tokens.push(if before >= 0 && next() % 2 == 0 { before } else { (next() % V) as i32 });
+        given.log_rest.push(-1.0);
+    }
+    given
+}
+
+#[test]
+fn long_rows_read_back() {
+    for k in [1usize, 31, 32, 33, 64, 65, 100, 1500] {
+        for (values, ragged) in
+            [Values::Shifted { per_nat: 16 }, Values::Fp16].into_iter().flat_map(|v| [(v, false), (v, true)])
+        {
+            let (n, codec) = (if k > 100 { 5 } else { 90 }, if values == Values::Fp16 { 1 } else { 2 });
+            let layout = Layout { codec, values, vocab_size: 3000, k: k as u32, extra: 0, sampled: false };
+            let given = long(k, n, ragged);
+            let rows = Rows { k, ..given.rows() };
+            let coded = Coded::new(&layout, &rows, &given.counts).expect("codes");
+            let trained = train(layout, &vec![coded.clone(); 1 + 5000 / coded.ids.len().max(1)]).expect("tables");
+            let trained = Dense { layout, tables: std::sync::Arc::new(trained) };
+            for dense in [Dense::new(layout), trained] {
+                let (mut payload, entries) = (Vec::new(), coded.ids.len());
+                dense.encode(&coded, 0, n, 0, &mut payload);
+                let shape = Shape { rows: n, entries };
+                assert_eq!(dense.decode_coded(&payload, shape).expect("the codes"), coded, "k = {k}");
+                for read in [n, n - 1, n / 3, 1] {
+                    let (mut ids, mut log_probs) = (vec![-9; read * k], vec![f32::NAN; read * k]);
+                    let (mut log_rest, mut tokens) = (vec![0f32; read], vec![-9; read]);
+                    let out = RowsMut {
+                        ids: &mut ids,
+                        log_probs: &mut log_probs,
+                        log_rest: &mut log_rest,
+                        ..RowsMut::default()
+                    };
+                    dense.decode(&payload, shape, out, Some(&mut tokens)).expect("the rows");
+                    assert_eq!(tokens, given.tokens[..read]);
+                    for (row, want) in ids.chunks(k).zip(given.ids.chunks(k)) {
+                        let sorted = |ids: &[i32]| {
+                            let mut ids = ids.to_vec();
+                            ids.sort_unstable();
+                            ids
+                        };
+                        assert_eq!(sorted(row), sorted(want), "k = {k}");
+                    }
+                    assert!(log_probs.iter().zip(&given.log_probs).all(|(a, b)| near(&layout, *b, *a)), "k = {k}");
+                }
+                for end in 0..payload.len().min(400) {
+                    let cut = &payload[..end];
+                    assert!(dense.decode_coded(cut, shape).is_err(), "a payload of {end} bytes");
+                }
+            }
+        }
+    }
+}

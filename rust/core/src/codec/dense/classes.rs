@@ -67,22 +67,28 @@ impl ClassCode {
 
     /// The cheapest widths that a local search finds for values that occur `counts[value]` times.
     pub fn trained(counts: &[u32], bound: u64) -> ClassCode {
-        let mut below = vec![0u64; counts.len() + 1];
-        for (v, count) in counts.iter().enumerate() {
+        let used = counts.iter().rposition(|n| *n > 0).map_or(0, |last| last + 1);
+        let mut below = vec![0u64; used + 1];
+        for (v, count) in counts[..used].iter().enumerate() {
             below[v + 1] = below[v] + u64::from(*count);
         }
-        let cost = |widths: &[u8; CLASSES]| {
-            let (mut next, mut total) = (0u64, 0u64);
-            for (c, width) in widths.iter().enumerate() {
-                let end =
-                    if c + 1 == CLASSES { counts.len() } else { counts.len().min((next + (1 << width)) as usize) };
-                total += (below[end] - below[counts.len().min(next as usize)]) * u64::from(*width);
+        // the last class takes what is left; None from `most` on
+        let cost = |widths: &[u8; CLASSES], most: u64| {
+            let (mut next, mut start, mut total) = (0u64, 0, 0u64);
+            for width in &widths[..CLASSES - 1] {
                 next += 1 << width;
+                let end = below[used.min(next as usize)];
+                total += (end - start) * u64::from(*width);
+                start = end;
+                if total >= most {
+                    return None;
+                }
             }
-            total
+            total += (below[used] - start) * u64::from(bits(bound.saturating_sub(next)));
+            (total < most).then_some(total)
         };
         let mut best = Self::even(bound).widths;
-        let mut lowest = cost(&best);
+        let mut lowest = cost(&best, u64::MAX).unwrap_or(u64::MAX);
         let top = bits(bound);
         loop {
             let from = best;
@@ -102,10 +108,8 @@ impl ClassCode {
                             continue;
                         }
                         widths[..CLASSES - 1].sort_unstable();
-                        let widths = Self::fitted(widths, bound).widths;
-                        let now = cost(&widths);
-                        if now < lowest {
-                            (best, lowest) = (widths, now);
+                        if let Some(now) = cost(&widths, lowest) {
+                            (best, lowest) = (Self::fitted(widths, bound).widths, now);
                         }
                     }
                 }

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use super::bitstream::{BitWriter, Room, SLACK};
 use super::classes::{ClassCode, CLASSES};
 use super::coded::{sort_ties, Coded};
+use super::dictionary::Dictionary;
 use super::prefix::{PrefixCode, ESCAPE_BITS};
 use super::tables::{Tables, COUNT, EXTRA, FIRST, REST, TOKEN};
 use super::{widest, Dense};
@@ -52,8 +53,8 @@ thread_local! {
 
 /// A token as its place in the row before, as a rank, or as itself: `before` holds the ranks of that row.
 #[inline(always)]
-pub fn token_value(token: u32, before: &[u32], tables: &Tables, k: u32) -> u32 {
-    let Some(rank) = tables.dictionary.rank_of.get(token as usize) else { return k + token };
+pub fn token_value(token: u32, before: &[u32], dictionary: &Dictionary, k: u32) -> u32 {
+    let Some(rank) = dictionary.rank_of.get(token as usize) else { return k + token };
     let hits = before.iter().fold(false, |any, r| any | (r == rank));
     match hits.then(|| before.iter().position(|r| r == rank)).flatten() {
         Some(place) => place as u32,
@@ -63,9 +64,9 @@ pub fn token_value(token: u32, before: &[u32], tables: &Tables, k: u32) -> u32 {
 
 /// Ranks of a row's entries, equal codes by rank. Draws move with them.
 #[inline(always)]
-pub fn rank_row(tables: &Tables, codes: &[u32], ids: &[u32], ranks: &mut Vec<u32>, draws: &mut [u32]) {
+pub fn rank_row(dictionary: &Dictionary, codes: &[u32], ids: &[u32], ranks: &mut Vec<u32>, draws: &mut [u32]) {
     ranks.clear();
-    let rank_of = tables.dictionary.rank_of.as_slice();
+    let rank_of = dictionary.rank_of.as_slice();
     ranks.extend(ids.iter().map(|id| rank_of[*id as usize]));
     if draws.is_empty() {
         widest::sort_ties(codes, ranks);
@@ -103,8 +104,10 @@ pub fn rows<P: Put>(
         if layout.sampled {
             streams.draws.extend_from_slice(&coded.draws[at..at + n]);
         }
-        rank_row(tables, codes, ids, &mut streams.ranks, &mut streams.draws);
-        let token = token_value(coded.tokens[row], &streams.before, tables, k);
+        let next = at + n..coded.ids.len().min(at + n + k as usize);
+        P::soon(&tables.dictionary.rank_of, &coded.ids[next]);
+        rank_row(&tables.dictionary, codes, ids, &mut streams.ranks, &mut streams.draws);
+        let token = token_value(coded.tokens[row], &streams.before, &tables.dictionary, k);
         streams.put(&tables.classes[TOKEN], token);
         if ragged {
             streams.put(&tables.classes[COUNT], k - n as u32);
@@ -137,6 +140,8 @@ pub fn rows<P: Put>(
 
 /// How the entries of a row are put into their streams.
 pub trait Put {
+    /// Entries of a table that will be read.
+    fn soon(table: &[u32], places: &[u32]);
     fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>);
     fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams);
 }
@@ -145,6 +150,9 @@ pub trait Put {
 pub struct Plain;
 
 impl Put for Plain {
+    #[inline(always)]
+    fn soon(_: &[u32], _: &[u32]) {}
+
     #[inline(always)]
     fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
         differences(prefix, codes, out);

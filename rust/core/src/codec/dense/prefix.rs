@@ -26,7 +26,7 @@ pub struct PrefixCode {
     ends: Box<[u32; RUNS]>,
 }
 
-/// What one look-up gives: 6 running sums and the last one again in a byte each, then 4 bits of length and 4 of how many.
+/// What one look-up gives, a byte each: 6 running sums, the last one again in those behind the count; how many; their bits.
 /// None at all is an escape.
 #[derive(Clone, Copy, Default)]
 #[repr(align(8))]
@@ -35,17 +35,17 @@ pub struct Run([u8; 8]);
 impl Run {
     #[inline(always)]
     pub fn count(&self) -> usize {
-        usize::from(self.0[7] >> 4)
+        usize::from(self.0[6] % 8)
     }
 
     #[inline(always)]
     pub fn length(&self) -> usize {
-        usize::from(self.0[7] & 15)
+        usize::from(self.0[7])
     }
 
     #[inline(always)]
     pub fn total(&self) -> u32 {
-        u32::from(self.0[6])
+        u32::from(self.0[LANES - 1])
     }
 
     /// Running sums; those behind the count are of no meaning.
@@ -182,8 +182,9 @@ fn pack(single: &[u16], window: usize) -> (Run, u32) {
         ends |= used << (4 * count);
         count += 1;
     }
-    sums[6] = sum as u8;
-    sums[7] = used as u8 | (count as u8) << 4;
+    sums[count..LANES].fill(sum as u8);
+    sums[6] = count as u8;
+    sums[7] = used as u8;
     (Run(sums), ends)
 }
 

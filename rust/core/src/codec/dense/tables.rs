@@ -49,6 +49,8 @@ pub struct Tables {
     /// The same by column: widths of ranks and of steps, and bases of both.
     pub widths: [[u8; CLASSES]; 2],
     pub bases: [[u32; 8]; CLASSES / 4],
+    /// Bases by byte, the lowest first.
+    pub planes: [[[u8; CLASSES]; 4]; 2],
     /// Most bits of an id's raw part.
     pub widest: u32,
     pub trained: u64,
@@ -100,6 +102,7 @@ impl Tables {
             ranks: no_ranks(),
             widths: [[0; CLASSES]; 2],
             bases: [[0; 8]; CLASSES / 4],
+            planes: [[[0; CLASSES]; 4]; 2],
             widest: 0,
             trained,
             bytes: vec![],
@@ -137,6 +140,9 @@ impl Tables {
         for (i, class) in self.ranks[..2 * CLASSES].iter().enumerate() {
             self.widths[i / CLASSES][i % CLASSES] = class.width as u8;
             self.bases[i / 8][i % 8] = class.base;
+            for (plane, byte) in self.planes[i / CLASSES].iter_mut().zip(class.base.to_le_bytes()) {
+                plane[i % CLASSES] = byte;
+            }
         }
         self.widest = self.ranks.iter().map(|c| c.width).max().unwrap_or(0);
         let end = self.bytes.len() - 8;
@@ -208,6 +214,7 @@ impl Tables {
             ranks: no_ranks(),
             widths: [[0; CLASSES]; 2],
             bases: [[0; 8]; CLASSES / 4],
+            planes: [[[0; CLASSES]; 4]; 2],
             widest: 0,
             trained,
             bytes: bytes.to_vec(),

@@ -107,18 +107,16 @@ struct Ranking {
 impl Ranking {
     fn new(layout: Layout, sequences: &[Coded], dictionary: Dictionary) -> Ranking {
         let (v, k) = (layout.vocab_size as usize, layout.k as usize);
-        let mut tables = Tables::plain(layout);
-        tables.dictionary = dictionary;
         let mut counts = [vec![0u32; v], vec![0u32; v], vec![0u32; k + v]];
         let (mut ranks, mut before) = (Vec::new(), Vec::new());
         for sequence in sequences {
             before.clear();
             for row in rows(sequence) {
-                let token = token_value(row.token, &before, &tables, layout.k) as usize;
+                let token = token_value(row.token, &before, &dictionary, layout.k) as usize;
                 if token < k + v {
                     counts[2][token] += 1;
                 }
-                rank_row(&tables, row.codes, row.ids, &mut ranks, &mut []);
+                rank_row(&dictionary, row.codes, row.ids, &mut ranks, &mut []);
                 for (j, rank) in ranks.iter().enumerate() {
                     if j > 0 && row.codes[j] == row.codes[j - 1] {
                         counts[1][(rank - ranks[j - 1] - 1) as usize] += 1;
@@ -131,7 +129,7 @@ impl Ranking {
         }
         let bounds = bounds(&layout);
         let codes = [0, 1, 2].map(|c| ClassCode::trained(&counts[c], bounds[c]));
-        Ranking { dictionary: tables.dictionary, codes, counts }
+        Ranking { dictionary, codes, counts }
     }
 
     // of ids and tokens, and of the dictionary in both its places

@@ -1,65 +1,73 @@
-//! Codes of a row from its differences: each look-up gives several of them as running sums.
+//! Differences of rows as running sums: each look-up gives several of them.
 
 use super::super::bitstream::BitReader;
 use super::super::prefix::{PrefixCode, LANES, RUN_BITS};
 use super::Wide;
 
-/// Sums that a look-up writes behind the last one wanted.
-pub const OVERRUN: usize = 8;
+/// Sums that a look-up writes, of which at most LANES count.
+pub const WRITTEN: usize = 8;
 /// Look-ups that one window of 57 bits is enough for.
-const LOOK_UPS: u32 = 57 / RUN_BITS;
+const LOOK_UPS: usize = 57 / RUN_BITS as usize;
+/// Sums that the look-ups of a window write at most.
+const REACH: usize = LOOK_UPS * LANES + WRITTEN;
+/// Sums that are written behind the last one wanted.
+pub const OVERRUN: usize = WRITTEN;
 
-/// Writes n running sums, the first one given, as u16, which may wrap; gives the last one, which does not. `sums` holds
-/// OVERRUN more.
+/// Writes 0 and the running sums, which may wrap, of the next n numbers: n + 1 in all. `sums` holds OVERRUN more.
 #[inline(always)]
-pub fn sums<W: Wide>(
-    prefix: &PrefixCode,
-    stream: &mut BitReader<'_>,
-    first: u32,
-    n: usize,
-    sums: &mut [u16],
-) -> Option<u32> {
+pub fn sums<W: Wide>(prefix: &PrefixCode, stream: &mut BitReader<'_>, n: usize, sums: &mut [u32]) -> Option<()> {
     let mut bits = stream.clone();
-    let last = running::<W>(prefix, &mut bits, first, n, sums);
-    stream.at = bits.at;
-    last
-}
-
-#[inline(always)]
-fn running<W: Wide>(
-    prefix: &PrefixCode,
-    bits: &mut BitReader<'_>,
-    first: u32,
-    n: usize,
-    sums: &mut [u16],
-) -> Option<u32> {
-    let sums = sums.get_mut(..n + OVERRUN)?;
-    sums[0] = first as u16;
-    let (mut at, mut sum) = (1, first);
-    'window: while at < n {
+    let sums = sums.get_mut(..1 + n + OVERRUN)?;
+    let (mut at, mut sum) = (1, 0u32);
+    sums[0] = 0;
+    // windows whose look-ups all stay before the end
+    while let Some(slots) = sums.get_mut(at..).and_then(|rest| rest.first_chunk_mut::<REACH>()) {
         let mut window = bits.window()?;
+        let (mut count, mut length, mut escaped) = (0, 0, false);
         for _ in 0..LOOK_UPS {
             let run = prefix.run(window);
-            let count = run.count();
-            let slots: &mut [u16; OVERRUN] = sums.get_mut(at..at + OVERRUN)?.try_into().ok()?;
-            *slots = W::raised(run.sums(), sum as u16);
-            if count >= n - at {
-                // the rest of the look-up belongs to the next row
-                let wanted = n - at;
-                bits.at += prefix.length_of(window, wanted);
-                return Some(sum.wrapping_add(u32::from(run.sums()[(wanted - 1) % LANES])));
+            let slots: &mut [u32; WRITTEN] = slots.get_mut(count..count + WRITTEN)?.try_into().ok()?;
+            *slots = W::raised(run.sums(), sum);
+            escaped = run.count() == 0;
+            if escaped {
+                break;
             }
-            if count == 0 {
-                sum = sum.wrapping_add(prefix.take(bits)?);
-                sums[at] = sum as u16;
-                at += 1;
-                continue 'window;
-            }
-            window >>= run.length();
-            bits.at += run.length();
+            window >>= run.length() % 64;
+            length += run.length();
             sum = sum.wrapping_add(run.total());
-            at += count;
+            count += run.count();
+        }
+        bits.at += length;
+        at += count;
+        if escaped {
+            sum = sum.wrapping_add(prefix.take(&mut bits)?);
+            *sums.get_mut(at)? = sum;
+            at += 1;
         }
     }
-    Some(sum)
+    while at <= n {
+        let window = bits.window()?;
+        let run = prefix.run(window);
+        let slots: &mut [u32; WRITTEN] = sums.get_mut(at..at + WRITTEN)?.try_into().ok()?;
+        *slots = W::raised(run.sums(), sum);
+        match run.count() {
+            0 => {
+                sum = sum.wrapping_add(prefix.take(&mut bits)?);
+                sums[at] = sum;
+                at += 1;
+            }
+            count if count > n + 1 - at => {
+                // the rest of the look-up belongs to other rows
+                bits.at += prefix.length_of(window, n + 1 - at);
+                break;
+            }
+            count => {
+                bits.at += run.length();
+                sum = sum.wrapping_add(run.total());
+                at += count;
+            }
+        }
+    }
+    stream.at = bits.at;
+    Some(())
 }

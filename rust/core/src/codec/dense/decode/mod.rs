@@ -6,8 +6,7 @@ mod parts;
 mod sinks;
 
 use self::codes::{sums, OVERRUN};
-use self::ids::spread;
-pub use self::ids::{walk, Walk, GROUP};
+pub use self::ids::{walk, Begin, Walk, GROUP};
 use self::parts::{split, Parts};
 use self::sinks::Row;
 pub use self::sinks::{into_coded, into_rows, into_tokens, Sink};
@@ -20,15 +19,13 @@ use super::{widest, Dense, Layout};
 use crate::codec::Shape;
 use crate::rows::TOLERANCE;
 
-/// Classes that are written behind the last one wanted.
-const SPREAD: usize = 32;
+/// Differences that are read at once where rows are whole.
+const AHEAD: usize = 1024;
 
 /// The steps that compilers do not find vectors for.
 pub trait Wide {
-    /// Bytes as u16, `from` added to each without regard to overflow.
-    fn raised(bytes: &[u8; 8], from: u16) -> [u16; OVERRUN];
-    /// The nibbles of each byte, the lower one first.
-    fn spread(bytes: &[u8; 16]) -> [u8; 32];
+    /// Bytes as words, `from` added to each without regard to overflow.
+    fn raised(bytes: &[u8; 8], from: u32) -> [u32; OVERRUN];
 }
 
 /// Without vectors.
@@ -36,13 +33,8 @@ pub struct Narrow;
 
 impl Wide for Narrow {
     #[inline(always)]
-    fn raised(bytes: &[u8; 8], from: u16) -> [u16; OVERRUN] {
-        bytes.map(|byte| from.wrapping_add(u16::from(byte)))
-    }
-
-    #[inline(always)]
-    fn spread(bytes: &[u8; 16]) -> [u8; 32] {
-        std::array::from_fn(|i| bytes[i / 2] >> (4 * (i % 2)) & 15)
+    fn raised(bytes: &[u8; 8], from: u32) -> [u32; OVERRUN] {
+        bytes.map(|byte| from.wrapping_add(u32::from(byte)))
     }
 }
 
@@ -55,11 +47,13 @@ pub struct Decoder<'a> {
     raw: BitReader<'a>,
     entries: usize,
     walk: Walk,
+    /// Behind one that is none of them, and filled up to a whole group.
     codes: Vec<u32>,
-    short: Vec<u16>,
-    classes: Vec<u8>,
-    ids: Vec<u32>,
-    before: Vec<u32>,
+    /// Running sums of the differences of the next rows, in the same way.
+    sums: Vec<u32>,
+    /// Where those of the row and of the next one begin, and for how many rows there are some.
+    here: usize,
+    ahead: (usize, usize),
     /// Entries of the row before.
     had: usize,
     draws: Vec<u32>,
@@ -80,11 +74,10 @@ impl<'a> Decoder<'a> {
             raw: BitReader::new(parts.raw.0),
             entries: 0,
             walk: widest::walk(&dense.tables),
-            codes: vec![0; k + 1],
-            short: vec![0; k + OVERRUN],
-            classes: vec![0; k.next_multiple_of(GROUP) + SPREAD],
-            ids: vec![0; k],
-            before: vec![0; k],
+            codes: vec![u32::MAX; 1 + k.next_multiple_of(GROUP)],
+            sums: vec![0; 1 + AHEAD.max(k) + OVERRUN.max(GROUP)],
+            here: 0,
+            ahead: (0, 0),
             had: 0,
             draws: Vec::new(),
             rests: vec![rest_code(dense.layout.values, 0.0); 1 + dense.layout.extra],
@@ -94,7 +87,8 @@ impl<'a> Decoder<'a> {
 
     #[inline(always)]
     fn class(&mut self) -> Result<usize, String> {
-        let byte = self.parts.nibbles.get(self.nibble / 2).ok_or(SHORT)?;
+        // `ids` tells whether it was still one of the stream
+        let byte = self.parts.nibbles.0.get(self.nibble / 2).ok_or(SHORT)?;
         let class = byte >> (4 * (self.nibble % 2)) & 15;
         self.nibble += 1;
         Ok(usize::from(class))
@@ -108,12 +102,14 @@ impl<'a> Decoder<'a> {
     }
 
     #[inline(always)]
-    fn token(&mut self) -> Result<u32, String> {
+    fn token(&mut self, i: usize, sink: &impl Sink) -> Result<u32, String> {
         let value = self.value(&self.tables.classes[TOKEN])?;
         let k = self.layout.k;
         if value < k {
-            let place = self.before[..self.had].get(value as usize);
-            return place.copied().ok_or_else(|| format!("a token at place {value} of a row of {}", self.had));
+            if value as usize >= self.had {
+                return Err(format!("a token at place {value} of a row of {}", self.had));
+            }
+            return Ok(sink.id_before(i, value as usize) as u32);
         }
         let token = *self.tables.dictionary.id_of.get((value - k) as usize).unwrap_or(&(value - k));
         match token <= i32::MAX as u32 {
@@ -122,16 +118,28 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    // codes 1.. of a row of n, of which the first is there
+    // codes of a row of n; `rows` more follow
     #[inline(always)]
-    fn differences<W: Wide>(&mut self, n: usize) -> Result<(), String> {
-        let (first, limit) = (self.codes[0], self.layout.values.largest());
-        let mut last = first;
+    fn differences<W: Wide>(&mut self, first: u32, n: usize, rows: usize) -> Result<(), String> {
+        let (limit, mut last) = (self.layout.values.largest(), first);
         if n > 0 && first <= limit {
-            last = sums::<W>(&self.tables.codes, &mut self.differences, first, n, &mut self.short).ok_or(SHORT)?;
-            for (code, short) in self.codes[..n].iter_mut().zip(&self.short) {
-                *code = u32::from(*short);
+            if self.ahead.1 == 0 {
+                // rows of different lengths are read one by one
+                let most =
+                    if self.parts.ragged { 1 } else { (AHEAD - 1).checked_div(n - 1).unwrap_or(rows + 1).max(1) };
+                self.ahead = (0, most.min(rows + 1));
+                let wanted = self.ahead.1 * (n - 1);
+                let sums = sums::<W>(&self.tables.codes, &mut self.differences, wanted, &mut self.sums[1..]);
+                sums.ok_or(SHORT)?;
             }
+            let (start, left) = self.ahead;
+            (self.here, self.ahead) = (start, (start + n - 1, left - 1));
+            let sums = &self.sums[1 + start..][..n];
+            let from = first.wrapping_sub(sums[0]);
+            for (code, sum) in self.codes[1..=n].iter_mut().zip(sums) {
+                *code = from.wrapping_add(*sum);
+            }
+            last = self.codes[n];
         }
         // sums only grow, and by less than 2^32 in a row, so the last one speaks for all
         match last <= limit {
@@ -145,7 +153,7 @@ impl<'a> Decoder<'a> {
         let (size, limit) = (self.layout.code_bytes(), self.layout.values.largest());
         let bytes = self.parts.codes.get(self.entries * size..(self.entries + n) * size).ok_or(SHORT)?;
         let mut last = 0;
-        for (slot, bytes) in self.codes.iter_mut().zip(bytes.chunks_exact(size)) {
+        for (slot, bytes) in self.codes[1..].iter_mut().zip(bytes.chunks_exact(size)) {
             let mut word = [0u8; 4];
             word[..size].copy_from_slice(bytes);
             *slot = u32::from_le_bytes(word);
@@ -158,44 +166,38 @@ impl<'a> Decoder<'a> {
     }
 
     #[inline(always)]
-    fn ids<W: Wide>(&mut self, n: usize) -> Result<(), String> {
-        let bytes = self.parts.nibbles.get(self.nibble / 2..(self.nibble + n).div_ceil(2)).ok_or(SHORT)?;
-        spread::<W>(bytes, self.nibble % 2 == 1, &mut self.classes[..n + SPREAD]);
-        self.nibble += n;
-        let later = &mut self.classes[1.min(n)..n];
-        if self.layout.values.by_difference() {
-            for (class, pair) in later.iter_mut().zip(self.short.windows(2)) {
-                *class |= u8::from(pair[0] == pair[1]) << 4;
-            }
-        } else {
-            for (class, pair) in later.iter_mut().zip(self.codes.windows(2)) {
-                *class |= u8::from(pair[0] == pair[1]) << 4;
-            }
+    fn ids(&mut self, ids: &mut [i32]) -> Result<(), String> {
+        let (nibbles, len) = self.parts.nibbles;
+        let begin = Begin { nibbles, nibble: self.nibble, raw: self.parts.raw.0, bit: self.raw.at };
+        self.nibble += ids.len();
+        if self.nibble.div_ceil(2) > len {
+            return Err(SHORT.to_string());
         }
-        let walked = (self.walk)(&self.classes, &mut self.ids[..n], self.parts.raw.0, self.raw.at, self.tables);
+        // sums have long been written, codes have not
+        let codes = if self.layout.values.by_difference() { &self.sums[self.here..] } else { &self.codes };
+        let walked = (self.walk)(self.tables, &begin, codes, ids);
         let v = self.tables.dictionary.id_of.len();
         self.raw.at = walked.ok_or_else(|| format!("a rank outside a vocabulary of {v}, or {SHORT}"))?;
         Ok(())
     }
 
     #[inline(always)]
-    fn row<W: Wide>(&mut self, i: usize, sink: &mut impl Sink) -> Result<(), String> {
+    fn row<W: Wide>(&mut self, i: usize, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
         let (layout, tables) = (self.layout, self.tables);
-        let token = self.token()?;
+        let token = self.token(i, sink)?;
         let mut n = layout.k as usize;
         if self.parts.ragged {
             let missing = self.value(&tables.classes[COUNT])? as usize;
             n = n.checked_sub(missing).ok_or_else(|| format!("a row that misses {missing} entries of {n}"))?;
         }
-        let mut shift = 0;
+        let (mut first, mut shift) = (0, 0);
         if layout.values.by_difference() && layout.k > 0 {
-            self.codes[0] = self.value(&tables.classes[FIRST])?;
+            first = self.value(&tables.classes[FIRST])?;
         }
         if let Values::Shifted { .. } = layout.values {
-            shift = self.codes[0] % SHIFTS;
-            self.codes[0] /= SHIFTS;
-            if self.codes[0] >= NOTHING && shift > 0 {
-                return Err(format!("a shift of {shift} with code {} of a log-probability", self.codes[0]));
+            (first, shift) = (first / SHIFTS, first % SHIFTS);
+            if first >= NOTHING && shift > 0 {
+                return Err(format!("a shift of {shift} with code {first} of a log-probability"));
             }
         }
         if layout.values.rest_grid().is_some() {
@@ -208,11 +210,11 @@ impl<'a> Decoder<'a> {
         }
         let lse = self.words(i)?;
         if layout.values.by_difference() {
-            self.differences::<W>(n)?;
+            self.differences::<W>(first, n, rows - 1 - i)?;
         } else {
             self.raw_codes(n)?;
         }
-        self.ids::<W>(n)?;
+        self.ids(sink.ids(i, n))?;
         if layout.sampled {
             self.draws.clear();
             for _ in 0..n {
@@ -220,15 +222,14 @@ impl<'a> Decoder<'a> {
             }
         }
         self.entries += n;
-        let (ids, codes) = (&self.ids[..n], &self.codes[..n]);
+        let codes = &self.codes[1..=n];
         if let (Values::Bf16Logits, Some(code)) = (layout.values, codes.first()) {
             let first = layout.values.value(*code, f32::from_bits(lse)); // the largest; NaN codes are the lowest
             if first.is_nan() || first > TOLERANCE {
                 return Err(format!("row {i} has a log_prob of {first}"));
             }
         }
-        sink.row(i, &Row { token, ids, codes, draws: &self.draws, rests: &self.rests, lse, shift });
-        std::mem::swap(&mut self.ids, &mut self.before);
+        sink.row(i, &Row { token, codes, draws: &self.draws, rests: &self.rests, lse, shift });
         self.had = n;
         Ok(())
     }
@@ -236,7 +237,7 @@ impl<'a> Decoder<'a> {
     #[inline(always)]
     pub fn rows<W: Wide>(&mut self, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
         for i in 0..rows {
-            self.row::<W>(i, sink)?;
+            self.row::<W>(i, rows, sink)?;
         }
         Ok(())
     }
@@ -280,9 +281,9 @@ impl<'a> Decoder<'a> {
             return Err(format!("rows of {} entries, the block has {}", self.entries, shape.entries));
         }
         self.differences.end(self.parts.differences.1)?;
-        let mut nibbles = BitReader::new(self.parts.nibbles);
+        let mut nibbles = BitReader::new(self.parts.nibbles.0);
         nibbles.at = self.nibble * 4;
-        nibbles.end(self.parts.nibbles.len())?;
+        nibbles.end(self.parts.nibbles.1)?;
         self.raw.end(self.parts.raw.1)
     }
 }

@@ -9,8 +9,8 @@ pub struct Parts<'a> {
     pub ragged: bool,
     pub words: &'a [u8],
     pub codes: &'a [u8],
-    pub nibbles: &'a [u8],
     /// From the start of each stream to the end of the payload, and the stream's own length.
+    pub nibbles: (&'a [u8], usize),
     pub differences: (&'a [u8], usize),
     pub raw: (&'a [u8], usize),
 }
@@ -39,7 +39,7 @@ pub fn split<'a>(layout: &Layout, payload: &'a [u8], shape: Shape) -> Result<Par
         ragged: ragged == 1,
         words,
         codes,
-        nibbles: &streams[..lens[0]],
+        nibbles: (streams, lens[0]),
         differences: (&streams[lens[0]..], lens[1]),
         raw: (&streams[lens[0] + lens[1]..], lens[2]),
     })

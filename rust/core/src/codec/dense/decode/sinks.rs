@@ -9,12 +9,16 @@ use crate::rows::RowsMut;
 
 /// Takes the rows of a block one after the other.
 pub trait Sink {
+    /// Memory for the ids of row i, which has n.
+    fn ids(&mut self, i: usize, n: usize) -> &mut [i32];
+    /// An id of the row before row i.
+    fn id_before(&self, i: usize, place: usize) -> i32;
+    /// The rest of row i.
     fn row(&mut self, i: usize, row: &Row<'_>);
 }
 
 pub struct Row<'a> {
     pub token: u32,
-    pub ids: &'a [u32],
     pub codes: &'a [u32],
     pub draws: &'a [u32],
     pub rests: &'a [u32],
@@ -31,13 +35,19 @@ struct ToRows<'a> {
 
 impl Sink for ToRows<'_> {
     #[inline(always)]
+    fn ids(&mut self, i: usize, n: usize) -> &mut [i32] {
+        &mut self.out.ids[i * self.layout.k as usize..][..n]
+    }
+
+    #[inline(always)]
+    fn id_before(&self, i: usize, place: usize) -> i32 {
+        self.out.ids[(i - 1) * self.layout.k as usize + place]
+    }
+
+    #[inline(always)]
     fn row(&mut self, i: usize, row: &Row<'_>) {
-        let (k, n, values) = (self.layout.k as usize, row.ids.len(), self.layout.values);
-        let out_ids = &mut self.out.ids[i * k..(i + 1) * k];
+        let (k, n, values) = (self.layout.k as usize, row.codes.len(), self.layout.values);
         let log_probs = &mut self.out.log_probs[i * k..(i + 1) * k];
-        for (slot, id) in out_ids.iter_mut().zip(row.ids) {
-            *slot = *id as i32;
-        }
         let lse = f32::from_bits(row.lse);
         match values {
             Values::Grid { per_nat } | Values::Shifted { per_nat } => {
@@ -53,7 +63,7 @@ impl Sink for ToRows<'_> {
             }
         }
         if n < k {
-            out_ids[n..].fill(-1);
+            self.out.ids[i * k + n..(i + 1) * k].fill(-1);
             log_probs[n..].fill(f32::NEG_INFINITY);
         }
         self.out.log_rest[i] = rest_value(values, row.rests[0]);
@@ -100,33 +110,57 @@ pub fn into_rows(
     all(dense, payload, shape, rows, &mut ToRows { layout, out, tokens })
 }
 
-struct ToTokens<'a>(&'a mut [i32]);
+struct ToTokens<'a> {
+    tokens: &'a mut [i32],
+    ids: Vec<i32>,
+}
 
 impl Sink for ToTokens<'_> {
     #[inline(always)]
+    fn ids(&mut self, _: usize, n: usize) -> &mut [i32] {
+        &mut self.ids[..n]
+    }
+
+    #[inline(always)]
+    fn id_before(&self, _: usize, place: usize) -> i32 {
+        self.ids[place]
+    }
+
+    #[inline(always)]
     fn row(&mut self, i: usize, row: &Row<'_>) {
-        self.0[i] = row.token as i32;
+        self.tokens[i] = row.token as i32;
     }
 }
 
 pub fn into_tokens(dense: &Dense, payload: &[u8], shape: Shape, out: &mut [i32]) -> Result<(), String> {
-    let rows = out.len();
-    all(dense, payload, shape, rows, &mut ToTokens(out))
+    let (rows, ids) = (out.len(), vec![0; dense.layout.k as usize]);
+    all(dense, payload, shape, rows, &mut ToTokens { tokens: out, ids })
 }
 
 struct ToCoded {
     coded: Coded,
     values: Values,
+    ids: Vec<i32>,
 }
 
 impl Sink for ToCoded {
+    #[inline(always)]
+    fn ids(&mut self, _: usize, n: usize) -> &mut [i32] {
+        &mut self.ids[..n]
+    }
+
+    #[inline(always)]
+    fn id_before(&self, _: usize, place: usize) -> i32 {
+        self.ids[place]
+    }
+
     #[inline(always)]
     fn row(&mut self, _: usize, row: &Row<'_>) {
         let c = &mut self.coded;
         let start = c.ids.len();
         c.tokens.push(row.token);
-        c.counts.push(row.ids.len() as u16);
-        c.ids.extend_from_slice(row.ids);
+        c.counts.push(row.codes.len() as u16);
+        c.ids.extend(self.ids[..row.codes.len()].iter().map(|id| *id as u32));
         c.codes.extend_from_slice(row.codes);
         c.draws.extend_from_slice(row.draws);
         c.rests.extend_from_slice(row.rests);
@@ -146,7 +180,8 @@ impl Sink for ToCoded {
 }
 
 pub fn into_coded(dense: &Dense, payload: &[u8], shape: Shape) -> Result<Coded, String> {
-    let mut sink = ToCoded { coded: Coded::default(), values: dense.layout.values };
+    let mut sink =
+        ToCoded { coded: Coded::default(), values: dense.layout.values, ids: vec![0; dense.layout.k as usize] };
     all(dense, payload, shape, shape.rows, &mut sink)?;
     Ok(sink.coded)
 }

@@ -88,20 +88,19 @@ struct Avx2;
 #[cfg(target_arch = "x86_64")]
 impl decode::Wide for Avx2 {
     #[inline(always)]
-    fn raised(bytes: &[u8; 8], from: u16) -> [u16; 8] {
+    fn raised(bytes: &[u8; 8], from: u32) -> [u32; 8] {
         // SAFETY: only functions compiled for AVX2 name this type, and they are called where the processor has it
         unsafe { vectors::raised(bytes, from) }
-    }
-
-    #[inline(always)]
-    fn spread(bytes: &[u8; 16]) -> [u8; 32] {
-        // SAFETY: as above
-        unsafe { vectors::spread(bytes) }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 impl encode::Put for Avx2 {
+    #[inline(always)]
+    fn soon(table: &[u32], places: &[u32]) {
+        put::soon(table, places);
+    }
+
     #[inline(always)]
     fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
         // SAFETY: as above
@@ -165,4 +164,73 @@ pub fn with_wide<R>(work: impl FnOnce() -> R) -> R {
 #[target_feature(enable = "avx2,bmi1,bmi2")]
 fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
     work()
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::super::classes::ClassCode;
+    use super::super::decode::{Begin, GROUP};
+    use super::super::dictionary::Dictionary;
+    use super::super::prefix::PrefixCode;
+    use super::super::tables::{bounds, RANK, STEP};
+    use super::super::{Layout, Tables, Values};
+    use super::*;
+
+    const V: u32 = 1 << 18;
+
+    fn tables(ranks: [u8; 16], steps: [u8; 16]) -> Tables {
+        let values = Values::Shifted { per_nat: 16 };
+        let layout = Layout { codec: 2, values, vocab_size: V, k: 64, extra: 0, sampled: false };
+        let mut classes = bounds(&layout).map(ClassCode::even);
+        classes[RANK] = ClassCode::new(ranks, u64::from(V), 28).expect("widths");
+        classes[STEP] = ClassCode::new(steps, u64::from(V), 28).expect("widths");
+        let dictionary = Dictionary::ranked(&[9, 100_000, 5, 70], 4, V);
+        Tables::new(layout, classes, PrefixCode::default(), PrefixCode::default(), dictionary, 0)
+    }
+
+    #[test]
+    fn both_walks_find_the_same_ids_or_none() {
+        if !wide() {
+            return;
+        }
+        let narrow = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18];
+        let all = [
+            tables(narrow, [0, 0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 18]),
+            tables([25; 16], [25; 16]),
+            tables([18; 16], narrow),
+        ];
+        let mut seed = 1u32;
+        let mut next = move || {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            seed >> 8
+        };
+        let mut whole = 0;
+        for round in 0..6000 {
+            let tables = &all[round % 3];
+            let n = next() as usize % 131;
+            let bytes =
+                |len: usize, next: &mut dyn FnMut() -> u32| -> Vec<u8> { (0..len).map(|_| next() as u8).collect() };
+            let raw_len = if round % 7 == 0 { next() as usize % 60 } else { 60 + 4 * n };
+            let nibble = next() as usize % 3;
+            let (mut nibbles, raw) = (bytes(n / 2 + 3, &mut next), bytes(raw_len, &mut next));
+            if round % 2 == 0 {
+                nibbles.iter_mut().for_each(|b| *b &= 0x77); // widest classes are often outside
+            }
+            let mut code = 0;
+            let codes = (0..1 + n.next_multiple_of(GROUP)).map(|_| {
+                code += u32::from(next() % 3 == 0);
+                code
+            });
+            let codes: Vec<u32> = codes.collect();
+            let begin = Begin { nibbles: &nibbles, nibble, raw: &raw, bit: next() as usize % 20 };
+            let (mut here, mut there) = (vec![-1; n], vec![-1; n]);
+            let found = ids::walk(tables, &begin, &codes, &mut here);
+            assert_eq!(found, decode::walk::<2>(tables, &begin, &codes, &mut there), "round {round}");
+            if found.is_some() {
+                assert_eq!(here, there, "round {round}");
+                whole += usize::from(n > 0);
+            }
+        }
+        assert!(whole > 1000, "only {whole} rows were whole");
+    }
 }

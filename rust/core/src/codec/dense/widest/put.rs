@@ -9,6 +9,16 @@ use super::super::prefix::{PrefixCode, ESCAPE};
 use super::super::tables::Tables;
 use super::vectors::{base_of, doubles, eight_bytes, load_half, load_words, pick, words};
 
+/// `encode::Put::soon`: brings the entries near.
+#[inline(always)]
+pub fn soon(table: &[u32], places: &[u32]) {
+    for place in places {
+        let entry = table.as_ptr().wrapping_add(*place as usize);
+        // SAFETY: a prefetch reads nothing, whatever the address
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(entry.cast()) };
+    }
+}
+
 /// `encode::differences`.
 #[inline]
 #[target_feature(enable = "avx2,bmi1,bmi2")]

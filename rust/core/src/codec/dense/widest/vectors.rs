@@ -37,19 +37,8 @@ pub fn octets(vector: __m256i) -> [u8; 32] {
 /// `Wide::raised`.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub fn raised(bytes: &[u8; 8], from: u16) -> [u16; 8] {
-    let wide = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(i64::from_le_bytes(*bytes)));
-    // SAFETY: every vector is 8 halves
-    unsafe { std::mem::transmute(_mm_add_epi16(wide, _mm_set1_epi16(from as i16))) }
-}
-
-/// `Wide::spread`.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub fn spread(bytes: &[u8; 16]) -> [u8; 32] {
-    let (bytes, low) = (load_half(bytes), _mm_set1_epi8(15));
-    let (lower, upper) = (_mm_and_si128(bytes, low), _mm_and_si128(_mm_srli_epi16::<4>(bytes), low));
-    octets(_mm256_set_m128i(_mm_unpackhi_epi8(lower, upper), _mm_unpacklo_epi8(lower, upper)))
+pub fn raised(bytes: &[u8; 8], from: u32) -> [u32; 8] {
+    words(_mm256_add_epi32(eight_bytes(bytes), _mm256_set1_epi32(from as i32)))
 }
 
 /// Eight bytes as words.
