@@ -121,6 +121,10 @@ def inspect(path: Path, rows: int, against: Path | None, as_json: bool) -> None:
         facts["parts"] = {
             name: sum(s["parts"][name] for s in shards) for name in ("header", "tables", "blocks", "index")
         }
+        facts["spec"].pop("columns", None)
+        facts["columns"] = {
+            c["name"]: f"{c['width']} {c['dtype']} a {c['per']}, {c['bytes']:,} bytes" for c in facts["columns"]
+        } or "none"
         found = facts.pop("distributions", {})
         facts |= {
             name: {q: f"{x:.4g}" for q, x in d.items()} if isinstance(d, dict) else d for name, d in found.items()

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from potstill import cache
 from potstill.cache import Column
 from potstill.cache.exchange.convert import export
 from potstill.cache.exchange.parts import merge, split
+from potstill.cli import main
 
 from ..forks import exit_code, fork
 from .test_hostile import put, reforge
@@ -113,6 +115,19 @@ def test_large_rows_take_many_blocks(tmp_path, lab):
     assert torch.equal(store.columns(["x"], "hidden", rows=[30])[0], hidden[:30])
     blocks = json.loads(json.dumps(cache.inspect_cache(tmp_path / "c")))["shards"][0]["blocks"]
     assert blocks == 1 + 3
+
+
+def test_inspect_lists_the_columns(tmp_path, lab):
+    write(tmp_path / "c", lab, {"a": 30, "b": 7})
+    found = {c["name"]: c for c in cache.inspect_cache(tmp_path / "c")["columns"]}
+    assert list(found) == ["hidden", "scores", "classes", "whitespace", "pair"]
+    assert found["scores"]["labels"] == ["reward", "length"] and found["hidden"]["dtype"] == "bf16"
+    assert 37 * 12 < found["hidden"]["bytes"] < 37 * 12 + 200 and found["classes"]["per"] == "sequence"
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "c")]).output
+    assert "hidden=6 bf16 a token" in shown and "classes=3 fp32 a sequence" in shown
+    lab.write(tmp_path / "d", {"a": 3})
+    assert cache.inspect_cache(tmp_path / "d")["columns"] == []
+    assert "columns            none" in CliRunner().invoke(main, ["inspect", str(tmp_path / "d")]).output
 
 
 def test_numpy_values_are_rounded_as_torch_rounds_them(tmp_path, lab):

@@ -51,8 +51,9 @@ def verify_cache(path: str | os.PathLike[str], *, deep: bool = True) -> Report:
 
 def inspect_cache(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A summary from the indexes: path, spec, sequences, tokens, bytes, bytes_per_token, entries_per_token,
-    sequence_tokens (min, median, p90, max), open_shards, shards (a list of dicts; their `parts` are bytes of
-    header, tables, blocks and index). Raises CacheError for damage."""
+    sequence_tokens (min, median, p90, max), columns (those of the spec, with the bytes of their blocks),
+    open_shards, shards (a list of dicts; their `parts` are bytes of header, tables, blocks and index).
+    Raises CacheError for damage."""
     return json.loads(_rust.inspect(os.fspath(path)))
 
 

@@ -251,6 +251,9 @@ pub fn inspect(root: &Path) -> Result<Value> {
     let rows: u64 = reader.shards.iter().map(|s| s.footer.tokens()).sum();
     let spec: Value = serde_json::from_str(&reader.spec().text).map_err(|e| Error::Refused(e.to_string()))?;
     let shards: Vec<Value> = reader.shards.iter().map(shard_summary).collect();
+    let stored = spec.get("columns").and_then(Value::as_array).map_or(&[] as &[Value], Vec::as_slice);
+    let columns: Vec<Value> =
+        stored.iter().enumerate().map(|(n, column)| column_summary(column, n, &reader.shards)).collect();
     let open = files::list(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count());
     let per_token = |total: u64| if rows == 0 { 0.0 } else { total as f64 / rows as f64 };
     Ok(json!({
@@ -262,9 +265,21 @@ pub fn inspect(root: &Path) -> Result<Value> {
         "bytes_per_token": per_token(reader.num_bytes()),
         "entries_per_token": per_token(entries),
         "sequence_tokens": {"min": at(0.0), "median": at(0.5), "p90": at(0.9), "max": at(1.0)},
+        "columns": columns,
         "open_shards": open,
         "shards": shards,
     }))
+}
+
+// as in the spec, with the bytes of their blocks
+fn column_summary(stored: &Value, number: usize, shards: &[Shard]) -> Value {
+    let of_column = |shard: &Shard| -> u64 {
+        let blocks = shard.footer.blocks.iter().filter(|b| b.kind == columns::kind(number));
+        blocks.map(|b| u64::from(b.len)).sum()
+    };
+    let mut found = stored.clone();
+    found["bytes"] = shards.iter().map(of_column).sum::<u64>().into();
+    found
 }
 
 fn shard_summary(shard: &Shard) -> Value {
