@@ -163,6 +163,11 @@ def test_the_command_prints_a_summary_and_one_line_errors(model_folder, corpus, 
     done = call(model_folder, corpus, tmp_path / "c", "--k", 8, "--length", 32, "--device", "cpu", "--quiet")
     assert done.exit_code == 0, done.output
     assert "bytes a token" in done.output and "tokens/s" in done.output
+    cut = ["--k", 8, "--length", 32, "--device", "cpu", "--min-mass", 0.05, "--max-tokens", 64, "--quiet"]
+    assert call(model_folder, corpus, tmp_path / "cut", *cut).exit_code == 0
+    store = ps.cache.open(tmp_path / "cut")
+    counts = [(store.numpy(key)[1] >= 0).sum(-1) for key in store.keys()]
+    assert store.spec.min_mass == 0.05 and min(map(min, counts)) < 8
     for words, sentence in [
         ((model_folder, tmp_path / "no", tmp_path / "d"), "does not exist"),
         ((tmp_path / "no-model", corpus, tmp_path / "d"), "does not exist"),

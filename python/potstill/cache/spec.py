@@ -12,7 +12,12 @@ from potstill.cache.columns import Column, normalised
 
 VALUES = ("1/8", "1/16", "1/32", "1/64", "bf16_logits", "fp16", "fp32", "plain")
 PLAIN = {"values": "plain", "temperatures": (1.0,), "sampled": False, "token_log_probs": False}
-LATER = {"columns": (), "template": "", "dtype": ""}  # left out where they are empty, so that stored specs stay equal
+LATER = {
+    "columns": (),
+    "template": "",
+    "dtype": "",
+    "min_mass": 1.0,
+}  # left out where they are empty, so that stored specs stay equal
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Spec:
         `Column.classes(width)`, any other `Column`, or a name for one fp16 number a token.
     template, dtype: hash or name of the chat template that the texts went through, and the dtype the teacher ran in;
         empty when not known.
+    min_mass: keep of each row the fewest first entries that hold this probability (top-p), at most k; what is cut joins
+        log_rest, at every temperature. 1 keeps all that are given.
     extra: any other JSON object: data set, length, ...
     codec: 2, or 1 for what version 1.1 of the format reads: the same grid in every row, so a divergence nearly twice
         as large. Always 0 with "plain".
@@ -53,6 +60,7 @@ class Spec:
     columns: tuple[Column, ...] = ()
     template: str = ""
     dtype: str = ""
+    min_mass: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
     codec: int = 2
 
@@ -68,6 +76,7 @@ class Spec:
         if not 0 <= self.k <= min(65535, self.vocab_size):
             raise ValueError(f"Spec.k is {self.k}, 0 to {min(65535, self.vocab_size)} is accepted")
         self._check_layout()
+        self._check_min_mass()
         object.__setattr__(self, "columns", normalised(self.columns))
         if not isinstance(self.extra, dict):
             raise TypeError(f"Spec.extra is a {type(self.extra).__name__}, a dict is accepted")
@@ -103,6 +112,15 @@ class Spec:
             )
         if self.values != "plain" and self.vocab_size > 1 << 22:
             raise ValueError(f'Spec.vocab_size is {self.vocab_size}; above {1 << 22} only values="plain" is accepted')
+
+    def _check_min_mass(self) -> None:
+        if not isinstance(self.min_mass, (int, float)) or isinstance(self.min_mass, bool):
+            raise TypeError(f"Spec.min_mass is {self.min_mass!r}, a number is accepted")
+        if not 0 < self.min_mass <= 1:
+            raise ValueError(f"Spec.min_mass is {self.min_mass}, above 0 and up to 1 is accepted")
+        if self.min_mass < 1 and self.sampled:
+            raise ValueError(f"Spec.min_mass is {self.min_mass}, but draws have no mass to cut by; leave it at 1")
+        object.__setattr__(self, "min_mass", float(self.min_mass))
 
     @property
     def extra_columns(self) -> tuple[str | float, ...]:

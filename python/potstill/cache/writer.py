@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from potstill import _rust
 from potstill.cache.arrays import float32, int32
+from potstill.cache.masses import leading
 from potstill.cache.spec import Spec
 
 
@@ -42,6 +43,12 @@ class Writer:
         self.path = os.fspath(path)
         self.spec = spec
         self._rust = _rust.Writer(self.path, spec.to_json(), bool(resume), int(shard_bytes))
+        self._stored = False
+
+    def take_stored(self) -> None:
+        """From here on rows come from another cache: rounding may have lifted their mass above 1, and they are cut."""
+        self._rust.accept_rounded()
+        self._stored = True
 
     def add(
         self,
@@ -58,9 +65,9 @@ class Writer:
 
         key: 1 to 512 bytes of UTF-8. tokens: [L] integers (tensor, array or list), L >= 1.
         topk: anything with ids [L, K] integers, log_probs [L, K] and log_rest [L], K <= spec.k; each row
-            in descending log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf. What the
-            spec asks for besides: log_rest_at[T] [L] of each temperature, counts [L, K] (rows in any order), lse [L],
-            token_log_probs [L].
+            in descending log-probability, a missing entry (at the end of a row) is id -1 with log_prob -inf;
+            spec.min_mass cuts them. What the spec asks for besides: log_rest_at[T] [L] of each temperature, counts
+            [L, K] (rows in any order), lse [L], token_log_probs [L].
         hidden [L, D], scores (a mapping of labels, or [S]), classes [C], columns (name -> [L], [L, W] or [W]): values
             of the spec's columns, every one of them and no other; rounded to the column's dtype.
 
@@ -91,6 +98,10 @@ class Writer:
             log_probs = np.take_along_axis(log_probs, order, -1)
         if self.spec.values == "bf16_logits":
             lse = float32(self._wanted(topk, key, "lse"), f"{name}.lse", 1)
+        rests = float32(rest, f"{name}.log_rest", 1)
+        extra = self._extra(topk, key, name)
+        if self.spec.min_mass < 1 and not self._stored:
+            ids, log_probs, rests, extra = self._cut(name, ids, log_probs, rests, extra)
         given = int32(tokens, f"sequence {key!r}: tokens", 1)
         named = {"hidden": hidden, "scores": scores, "classes": classes}
         further = {**(columns or {}), **{column: value for column, value in named.items() if value is not None}}
@@ -99,12 +110,29 @@ class Writer:
             given,
             ids,
             log_probs,
-            float32(rest, f"{name}.log_rest", 1),
-            self._extra(topk, key, name),
+            rests,
+            extra,
             lse,
             counts,
             self._columns(further, key, len(given)),
         )
+
+    def _cut(
+        self,
+        name: str,
+        ids: NDArray[np.int32],
+        log_probs: NDArray[np.float32],
+        rest: NDArray[np.float32],
+        extra: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32] | None]:
+        if not ids.shape == log_probs.shape == (len(rest), ids.shape[1]):
+            raise ValueError(f"{name}: ids {ids.shape}, log_probs {log_probs.shape} and log_rest {rest.shape} differ")
+        others = [(i, t) for i, t in enumerate(self.spec.extra_columns) if not isinstance(t, str)]
+        rests = [(1.0, rest), *((t, extra[:, i]) for i, t in others if extra is not None)]
+        ids, log_probs, (rest, *cut) = leading(ids, log_probs, rests, self.spec.min_mass)
+        if extra is not None and cut:
+            extra = np.concatenate([np.stack(cut, -1), extra[:, len(cut) :]], -1)
+        return ids, log_probs, rest, extra
 
     def _columns(self, given: dict[str, Any], key: str, tokens: int) -> list[NDArray[np.uint8]] | None:
         names = [column.name for column in self.spec.columns]

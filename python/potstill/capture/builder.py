@@ -66,6 +66,7 @@ def cache_spec(
     temperatures: Sequence[float] = (1.0,),
     token_log_probs: bool = False,
     word_ends: bool = False,
+    min_mass: float = 1.0,
 ) -> ps_cache.Spec:
     """The `Spec` a build writes: vocabulary, k, teacher, the tokenizer's content hash and how values are stored;
     length and packing in `extra`.
@@ -81,6 +82,7 @@ def cache_spec(
         token_log_probs=token_log_probs,
         columns=(ps_cache.Column(WORD_END),) if word_ends else (),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        min_mass=min_mass,
         extra={"length": length, "pack": pack},
     )
 
@@ -98,6 +100,7 @@ def build(
     temperatures: Sequence[float] = (1.0,),
     token_log_probs: bool = False,
     word_ends: bool = False,
+    min_mass: float = 1.0,
     batch_size: int = 8,
     max_tokens: int | None = None,
     add_special_tokens: bool = True,
@@ -115,7 +118,8 @@ def build(
     the teacher's distribution of the token after tokens[0..i], over the full vocabulary. Only [rows of a
     chunk, V] logits exist at a time.
 
-    values, temperatures: how log-probabilities are stored, and at which temperatures the rest is (`cache.Spec`).
+    values, temperatures, min_mass: how log-probabilities are stored, at which temperatures the rest is, and how much
+    of a row is kept (`cache.Spec`).
     token_log_probs: keep the log-probability of each next token of the text as well (-inf in a sequence's last row,
     which has none): the text scored by the model, see `methods.scoring`. k=0 keeps nothing else.
     word_ends: keep, in the fp16 column "word_end", the log-probability that a word ends behind each token: the mass of
@@ -158,6 +162,7 @@ def build(
         temperatures=temperatures,
         token_log_probs=token_log_probs,
         word_ends=word_ends,
+        min_mass=min_mass,
     )
     starts = _word_starts(tokenizer, vocab_size) if word_ends else None
     groups = groups_of(texts, mine, max_tokens)

@@ -34,6 +34,9 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
     "--values", default="1/16", show_default=True, help="Grid of the log-probabilities in nats, or fp16, fp32."
 )
 @click.option(
+    "--min-mass", default=1.0, show_default=True, help="Keep the fewest entries that hold this probability (top-p)."
+)
+@click.option(
     "--temperature",
     "temperatures",
     multiple=True,
@@ -200,7 +203,7 @@ def _model_options(o: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build_options(o: dict[str, Any]) -> dict[str, Any]:
-    same = ("k", "length", "pack", "values", "batch_size", "max_tokens", "commit_seconds")
+    same = ("k", "length", "pack", "values", "min_mass", "batch_size", "max_tokens", "commit_seconds")
     return {name: o[name] for name in same} | {
         "temperatures": (1.0, *(t for t in o["temperatures"] if t != 1)),
         "token_log_probs": o.get("token_log_probs", False),

@@ -10,7 +10,7 @@ import click
 from .command import _run
 from .command import build as build_command
 
-_FIXED = {"k": 0, "values": "fp32", "temperatures": (), "token_log_probs": True, "xtok": False}
+_FIXED = {"k": 0, "values": "fp32", "min_mass": 1.0, "temperatures": (), "token_log_probs": True, "xtok": False}
 
 
 def _score(model: str, data: tuple[str, ...], out: str, **options: Any) -> None:

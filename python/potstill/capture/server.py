@@ -91,6 +91,7 @@ def build_from_server(
     pack: bool = True,
     values: str = "1/16",
     token_log_probs: bool = True,
+    min_mass: float = 1.0,
     max_invalid: float = 0.0,
     concurrency: int = 16,
     max_tokens: int | None = None,
@@ -130,6 +131,7 @@ def build_from_server(
         tokenizer=tokenizer_hash(tokenizer),
         values=values,
         token_log_probs=token_log_probs,
+        min_mass=min_mass,
         extra={"length": length, "pack": pack, "server": server.kind},
     )
     mine = Shard() if shard is None else rank_and_world(shard, {})

@@ -80,6 +80,7 @@ def run(model: str, texts: Any, out: str, o: dict[str, Any], mine: Shard) -> Any
         length=o["length"],
         pack=o["pack"],
         values=o["values"],
+        min_mass=o["min_mass"],
         max_invalid=o["max_invalid"],
         concurrency=o["concurrency"],
         max_tokens=o["max_tokens"],

@@ -113,7 +113,7 @@ def fill(
     with staged(target) as path:
         with Writer(path, spec, resume=False, shard_bytes=size) as writer:
             if rounded:
-                writer._rust.accept_rounded()
+                writer.take_stored()
             for s in chain(first, sequences):
                 if not writer.add(s.key, s.tokens, s):
                     raise ValueError(f"{source} holds sequence {s.key!r} twice")

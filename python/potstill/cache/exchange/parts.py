@@ -76,7 +76,7 @@ def split(
         for path, target, part in zip(paths, targets, parts, strict=True):
             tokens = 0
             with Writer(path, cache.spec, resume=False, shard_bytes=shard_bytes) as writer:
-                writer._rust.accept_rounded()
+                writer.take_stored()
                 for s in of_cache(cache, part):
                     writer.add(s.key, s.tokens, s, columns=cache.numpy_columns(s.key))
                     tokens += len(s.tokens)
