@@ -169,7 +169,7 @@ SHARD_ATTACKS = {
     "unknown codec": (put("<H", ("header", 32), 9), "codec 9"),
     "header padding": (put("<B", ("header", 83), 1), "padding"),
     "other vocabulary": (put("<I", ("header", 36), 1 << 30), "codec parameters"),
-    "k of zero": (put("<I", ("header", 40), 0), "k 0"),
+    "k of zero": (put("<I", ("header", 40), 0), "no entries with codec 0"),
     "other spec": (put("<B", ("header", 50), 77), "another spec"),
     "4 billion blocks": (put("<I", ("footer", 8), 2**32 - 1), "do not fit"),
     "4 billion sequences": (put("<I", ("footer", 12), 2**32 - 1), "do not fit"),
