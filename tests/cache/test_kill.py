@@ -144,6 +144,30 @@ def test_two_processes_write_and_one_reads_one_folder(tmp_path, seconds):
     assert grown > 0 and looks > 3
 
 
+def test_a_refresh_opens_new_shards_alone(tmp_path, lab):
+    path = tmp_path / "c"
+    with cache.Writer(path, lab.spec()) as w:
+        first = add(w, lab, "a", 1)
+        w.flush()
+        store = cache.open(path)
+        old = lab.shard_files(path)[0]
+        assert store.refresh() == 0
+        second = add(w, lab, "b", 2)
+        w.flush()
+        old.rename(tmp_path / "aside")  # so that opening it again would be an error
+        assert store.refresh() == 1 and store.keys() == ["a", "b"]
+        with pytest.raises(OSError):
+            cache.open(path)
+        (tmp_path / "aside").rename(old)
+    lab.check(store, {"a": first, "b": second})
+    damaged = next(f for f in lab.shard_files(path) if f != old)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(cache.CacheError):
+        cache.open(path)
+    assert store.refresh() == 0  # what is open stays as it was found
+    lab.check(store, {"b": second})
+
+
 def add(w, lab, key, seed, n=20):
     r = lab.rows(n, seed=seed)
     w.add(key, r.tokens, r)

@@ -112,9 +112,9 @@ class Cache:
         return list(self._by_hash.get(token_hash(tokens), []))
 
     def refresh(self) -> int:
-        """Takes in what was committed since the cache was opened; the number of new sequences. Damage raises CacheError
-        and leaves the view as it was."""
-        before, fresh = len(self), _rust.Cache(self.path)
+        """Takes in what was committed since the cache was opened, opening new shards alone; how many sequences are new.
+        Damage raises CacheError and leaves the view as it was."""
+        before, fresh = len(self), self._rust.refreshed()
         self._rust, self._by_hash = fresh, None
         return len(self) - before
 

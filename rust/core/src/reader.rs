@@ -28,7 +28,7 @@ pub struct Place {
 pub struct Reader {
     root: PathBuf,
     spec: Spec,
-    pub shards: Vec<Shard>,
+    pub shards: Vec<Arc<Shard>>,
     /// In commit order.
     pub places: Vec<Place>,
     index: HashMap<String, usize>,
@@ -45,6 +45,15 @@ pub struct Wanted<'a> {
 
 impl Reader {
     pub fn open(root: &Path) -> Result<Reader> {
+        Self::with(root, &[])
+    }
+
+    /// The cache as it is now. Shards that this reader has open are not opened again.
+    pub fn refreshed(&self) -> Result<Reader> {
+        Self::with(&self.root, &self.shards)
+    }
+
+    fn with(root: &Path, known: &[Arc<Shard>]) -> Result<Reader> {
         let state = State::load(root)?.ok_or_else(|| Error::Folder {
             path: root.to_path_buf(),
             what: "there is no cache here (no manifest.json and no log)".into(),
@@ -63,8 +72,14 @@ impl Reader {
             index: HashMap::new(),
             tokens: 0,
         };
+        // a shard says which spec it was written for
+        let known = known.iter().filter(|s| s.header.spec_hash == reader.spec.hash);
+        let known: HashMap<&str, &Arc<Shard>> = known.map(|s| (s.name.as_str(), s)).collect();
         for entry in &state.shards {
-            let shard = open_shard(root, &entry.name, &reader.spec)?;
+            let shard = match known.get(entry.name.as_str()) {
+                Some(shard) => Arc::clone(shard),
+                None => Arc::new(open_shard(root, &entry.name, &reader.spec)?),
+            };
             let said = (shard.bytes, shard.footer.sequences.len() as u64, shard.footer.tokens());
             if said != (entry.bytes, entry.sequences, entry.tokens) {
                 let what = format!("bytes, sequences and tokens are {said:?}, the log says {entry:?}");
@@ -75,7 +90,7 @@ impl Reader {
         Ok(reader)
     }
 
-    fn add_shard(&mut self, shard: Shard) -> Result<()> {
+    fn add_shard(&mut self, shard: Arc<Shard>) -> Result<()> {
         let number = self.shards.len();
         let mut first_block = 0;
         for (sequence, s) in shard.footer.sequences.iter().enumerate() {

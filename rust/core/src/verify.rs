@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{json, Value};
@@ -250,7 +251,7 @@ pub fn inspect(root: &Path) -> Result<Value> {
     let entries: u64 = reader.shards.iter().map(|s| s.footer.entries()).sum();
     let rows: u64 = reader.shards.iter().map(|s| s.footer.tokens()).sum();
     let spec: Value = serde_json::from_str(&reader.spec().text).map_err(|e| Error::Refused(e.to_string()))?;
-    let shards: Vec<Value> = reader.shards.iter().map(shard_summary).collect();
+    let shards: Vec<Value> = reader.shards.iter().map(|s| shard_summary(s)).collect();
     let stored = spec.get("columns").and_then(Value::as_array).map_or(&[] as &[Value], Vec::as_slice);
     let columns: Vec<Value> =
         stored.iter().enumerate().map(|(n, column)| column_summary(column, n, &reader.shards)).collect();
@@ -272,8 +273,8 @@ pub fn inspect(root: &Path) -> Result<Value> {
 }
 
 // as in the spec, with the bytes of their blocks
-fn column_summary(stored: &Value, number: usize, shards: &[Shard]) -> Value {
-    let of_column = |shard: &Shard| -> u64 {
+fn column_summary(stored: &Value, number: usize, shards: &[Arc<Shard>]) -> Value {
+    let of_column = |shard: &Arc<Shard>| -> u64 {
         let blocks = shard.footer.blocks.iter().filter(|b| b.kind == columns::kind(number));
         blocks.map(|b| u64::from(b.len)).sum()
     };

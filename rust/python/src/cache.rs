@@ -21,6 +21,11 @@ impl Cache {
         Ok(Cache { inner: py.detach(|| Reader::open(&path)).map_err(|e| to_python(py, e))? })
     }
 
+    /// The cache as it is now; only shards that are new are opened.
+    fn refreshed(&self, py: Python<'_>) -> PyResult<Self> {
+        Ok(Cache { inner: py.detach(|| self.inner.refreshed()).map_err(|e| to_python(py, e))? })
+    }
+
     fn __len__(&self) -> usize {
         self.inner.len()
     }
