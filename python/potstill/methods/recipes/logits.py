@@ -177,14 +177,14 @@ def best_entries_kl(
     missing = topk.ids < 0
     found = token_logprobs(student_hidden, student_head, torch.where(missing, -100, topk.ids))
     assert isinstance(found, Tensor)
-    q = torch.where(missing, 0.0, found.exp())
-    p = topk.log_probs.exp().to(q.dtype)
+    q = torch.where(missing, 0.0, found.double().exp())  # a few columns in fp64: the KL of near-even softmaxes cancels
+    p = topk.log_probs.double().exp()
     if other_token:
         p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
         missing = torch.cat([missing, torch.zeros_like(missing[..., :1])], -1)
     t, s = ((x / temperature).masked_fill(missing, -torch.inf).log_softmax(-1) for x in (p, q))
     rows = torch.where(missing, 0.0, t.exp() * (t - s)).sum(-1)
-    return torch.where(keep, rows, 0.0).sum() / len(keep)
+    return (torch.where(keep, rows, 0.0).sum() / len(keep)).to(found.dtype)
 
 
 @row(
