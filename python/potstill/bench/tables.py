@@ -140,7 +140,8 @@ def tables(found: Row, brief: bool = False) -> str:
         first = {r["case"]: None for r in kept["topk"]}
         chosen = [case for case in first if "gaussian" in case or "alone" in case]
         kept["topk"] = [r for r in kept["topk"] if r["case"] in chosen]
-        kept["cache"] = [r for r in kept["cache"] if r["case"] == kept["cache"][0]["case"]]
+        for name in ("cache", "xtok"):  # their first case
+            kept[name] = [r for r in kept[name] if r["case"] == kept[name][0]["case"]]
         found = {**kept, "machine": found["machine"]}
     parts = [make(found[name]) for name, make in makers.items() if found.get(name)]
     m = found["machine"]
