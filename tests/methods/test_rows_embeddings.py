@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import potstill as ps
-import pytest
 import torch
 import torch.nn.functional as F
 from potstill.methods.contrastive import Queue
 from potstill.methods.ema import EMA
 from potstill.methods.recipes import embeddings
 
-from .world import B, Case, H, T, World, ce, check_falls, check_formula, check_rounded, infonce, kl, mean, soft_ce
+from .world import B, Case, H, T, World, ce, infonce, kl, mean, row_tests, soft_ce
 
 C, D = 3, 16
 PROJECTOR = {"p": (D, D)}
@@ -213,20 +212,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name):
-    check_formula(CASES[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_lower_precision(name, dtype):
-    check_rounded(CASES[name], dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_loss_falls(name):
-    check_falls(CASES[name])
+test_value_and_gradient, test_lower_precision, test_the_loss_falls = row_tests(CASES)
 
 
 def test_29_a_momentum_model_and_its_queues_in_a_loop():

@@ -12,7 +12,7 @@ from potstill.methods.recipes import encoders
 from potstill.methods.schedules import Stage, Stages
 from torch import nn
 
-from .world import B, Case, E, H, T, World, ce, check_falls, check_formula, check_rounded, infonce, kl, mean, soft_ce
+from .world import B, Case, E, H, T, World, ce, infonce, kl, mean, row_tests, soft_ce
 
 PAIRS = [(0, 0), (1, 1)]
 OWNER = torch.tensor([[0, 0, 1, 1, 1, -1, 2, 2]] * B) + 3 * torch.arange(B)[:, None] * torch.tensor([[1] * T])
@@ -159,20 +159,7 @@ def bound(x, y, alpha=0.7):
     return 1 + total
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name):
-    check_formula(CASES[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_lower_precision(name, dtype):
-    check_rounded(CASES[name], dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_loss_falls(name):
-    check_falls(CASES[name])
+test_value_and_gradient, test_lower_precision, test_the_loss_falls = row_tests(CASES)
 
 
 def test_22_masked_positions_are_no_part_of_the_maps():

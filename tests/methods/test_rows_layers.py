@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import potstill as ps
-import pytest
 import torch
 import torch.nn.functional as F
 from potstill.methods.blocks import block_losses
@@ -11,7 +10,7 @@ from potstill.methods.hidden import uniform_pairs
 from potstill.methods.recipes import layers
 from torch import nn
 
-from .world import B, Case, E, H, T, World, ce, check_falls, check_formula, check_rounded, kl, mean, soft_ce
+from .world import B, Case, E, H, T, World, ce, kl, mean, row_tests, soft_ce
 
 VISUAL = torch.arange(T) < 5
 PROJECTOR = {"p0": (E, H), "p1": (E, H)}
@@ -171,20 +170,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name):
-    check_formula(CASES[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_lower_precision(name, dtype):
-    check_rounded(CASES[name], dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_loss_falls(name):
-    check_falls(CASES[name])
+test_value_and_gradient, test_lower_precision, test_the_loss_falls = row_tests(CASES)
 
 
 def test_10_blocks_run_locally_have_the_gradients_of_separate_runs():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import potstill as ps
-import pytest
 import torch
 import torch.nn.functional as F
 from potstill.methods.preference import agreement_ranking, sequence_logprobs
 from potstill.methods.recipes import preferences
 from potstill.methods.samplers import percentile_keep
 
-from .world import B, Case, T, World, ce, check_falls, check_formula, check_rounded, mean, soft_ce
+from .world import B, Case, T, World, ce, mean, row_tests, soft_ce
 
 N = B // 2
 
@@ -92,20 +91,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name):
-    check_formula(CASES[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_lower_precision(name, dtype):
-    check_rounded(CASES[name], dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_loss_falls(name):
-    check_falls(CASES[name])
+test_value_and_gradient, test_lower_precision, test_the_loss_falls = row_tests(CASES)
 
 
 def test_26_the_best_over_shards_are_the_best_of_all():

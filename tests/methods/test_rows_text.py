@@ -17,7 +17,7 @@ from potstill.methods.command import BEGIN, END, markdown
 from potstill.methods.recipes import text
 
 from . import test_rows_embeddings, test_rows_encoders, test_rows_layers, test_rows_preferences, test_rows_tokens
-from .world import B, Case, H, World, ce, check_falls, check_formula, check_rounded, mean
+from .world import B, Case, H, World, ce, mean, row_tests
 
 ROOT = Path(__file__).parents[2]
 VOTES = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -57,20 +57,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name):
-    check_formula(CASES[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_lower_precision(name, dtype):
-    check_rounded(CASES[name], dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_loss_falls(name):
-    check_falls(CASES[name])
+test_value_and_gradient, test_lower_precision, test_the_loss_falls = row_tests(CASES)
 
 
 def test_an_example_of_weight_0_has_exactly_no_gradient():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from potstill.methods.recipes import logits
 from potstill.xtok.alignment import Alignment
 
-from .world import B, Case, T, V, World, ce, check_falls, check_formula, check_rounded, kl, mean, soft_ce
+from .world import B, Case, T, V, World, ce, kl, mean, row_tests, soft_ce
 
 SPANS = torch.tensor([[0, 0, 1, 1, 1, -1, 2, 2]] * B)
 
@@ -206,20 +206,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient(name):
-    check_formula(CASES[name])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CASES)
-def test_lower_precision(name, dtype):
-    check_rounded(CASES[name], dtype)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_loss_falls(name):
-    check_falls(CASES[name])
+test_value_and_gradient, test_lower_precision, test_the_loss_falls = row_tests(CASES)
 
 
 def test_01_cross_entropy_and_kl_have_one_gradient_and_two_values():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import potstill as ps
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -185,6 +186,25 @@ def check_falls(case: Case, steps: int = 8) -> None:
         losses.append(loss.item())
         w.step(loss)
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0], losses
+
+
+def row_tests(cases: dict[str, Case]) -> tuple[Callable[..., None], ...]:
+    """The three tests of a file's rows: the formula in fp64, lower precision, and a loss that falls."""
+
+    @pytest.mark.parametrize("name", cases)
+    def value_and_gradient(name):
+        check_formula(cases[name])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    @pytest.mark.parametrize("name", cases)
+    def lower_precision(name, dtype):
+        check_rounded(cases[name], dtype)
+
+    @pytest.mark.parametrize("name", cases)
+    def the_loss_falls(name):
+        check_falls(cases[name])
+
+    return value_and_gradient, lower_precision, the_loss_falls
 
 
 def kl(zt: Tensor, zs: Tensor) -> Tensor:
