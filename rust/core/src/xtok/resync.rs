@@ -96,7 +96,7 @@ fn replacement(a: (&impl Stream, Place), b: (&impl Stream, Place), scratch: &Scr
         let ((x, nx), (y, ny)) = (joined(&scratch.a), joined(&scratch.b));
         let of = |raw: &[u8], text: &[u8]| {
             let n = invalid_len(raw);
-            (text.starts_with(REPLACEMENT) && n > 0 && n >= back).then_some((n - back, 3 - back))
+            (text.starts_with(REPLACEMENT) && n > 0 && n >= back).then(|| (n - back, 3 - back))
         };
         if let Some(skip) = of(&x[..nx], &y[..ny]) {
             return Some(skip);
