@@ -7,6 +7,7 @@ CXX, CXXFLAGS, LDFLAGS    as everywhere
 POTSTILL_CUDA             1: build _cuda or stop; 0: never; unset: when nvcc is found
 POTSTILL_CUDA_ARCHS       default "80 90a 100"
 POTSTILL_ISAS             which of base, avx2, avx512 to compile; default all that the processor family has
+POTSTILL_COMPILE_JOBS     how many files are compiled at once, default 2
 POTSTILL_CSRC_INCLUDE     a folder whose files take the place of those of the same name in csrc/
 """
 
@@ -27,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-COMPILE_JOBS = 2  # a translation unit of templates takes about 1 GB
+COMPILE_JOBS = int(os.environ.get("POTSTILL_COMPILE_JOBS", "2"))  # a translation unit of templates takes about 1 GB
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -pthread -DNDEBUG -Wall".split()
 NVCC_FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -t2 -Xcompiler=-fPIC,-fvisibility=hidden".split()
 CUDA_ARCHS = "80 90a 100"
@@ -97,10 +98,10 @@ def find_cuda() -> Path | None:
     roots.append(Path("/usr/local/cuda"))
     site = {*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     roots += [Path(folder, "nvidia", "cu13") for folder in sorted(site)]
-    for root in roots:
-        # a wrapper called nvcc on PATH has no cicc beside it
-        if (root / "bin/nvcc").exists() and (root / "nvvm/bin/cicc").exists():
-            return root.resolve()
+    roots = [root.resolve() for root in roots if (root / "bin/nvcc").exists()]
+    # a wrapper called nvcc on PATH has no cicc beside it; taken where the extension is demanded and there is nothing else
+    for root in [*(root for root in roots if (root / "nvvm/bin/cicc").exists()), *(roots if wish == "1" else [])]:
+        return root
     if wish == "1":
         stop(
             "POTSTILL_CUDA=1, but no CUDA toolkit was found in CUDA_HOME, on PATH, in /usr/local/cuda or in "

@@ -10,13 +10,12 @@ rows a copy of the same bytes, for losses the matrix products alone. Cases past 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import potstill as ps
 import torch
 import torch.nn.functional as F
-from gpu_bench import Bench, options, write
+from gpu_bench import Bench, options, run
 from potstill import dispatch, divergences
 from potstill.bench.measure import Variant
 from potstill.rows import RowSpec, Side
@@ -184,15 +183,15 @@ def loss_cases(bench: Bench, rows: int, vocab: int, width: int, compiled: bool) 
 
 def main() -> int:
     chosen = options(__doc__, "gpu_losses.json", 150.0)
-    device = torch.device(chosen.device)
-    bench = Bench(device, chosen.seconds, repeats=2 if chosen.tiny else 15)
     rows, vocab, tokens, width = (8, 1000, 16, 32) if chosen.tiny else (2048, 151936, 8192, 2048)
-    torch.manual_seed(0)
-    loss_cases(bench, tokens, vocab, width, compiled=not chosen.tiny)
-    row_cases(bench, rows, vocab)
-    if device.type == "cuda":
-        block_cases(bench, rows, vocab)
-    return write(bench, Path(chosen.out), chosen.tiny)
+
+    sections: dict[str, Callable[[Bench], None]] = {
+        "losses": lambda bench: loss_cases(bench, tokens, vocab, width, compiled=not chosen.tiny),
+        "rows": lambda bench: row_cases(bench, rows, vocab),
+    }
+    if chosen.device.type == "cuda":
+        sections["blocks"] = lambda bench: block_cases(bench, rows, vocab)
+    return run(chosen, 15, sections)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ against a stable sort on the first and last rows, all log-probabilities against 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from gpu_bench import Bench, options, write
+from gpu_bench import Bench, options, run
 from potstill import dispatch
 from potstill.bench.measure import Variant
 from potstill.rows import Side
@@ -42,15 +41,12 @@ def torch_topk(x: Tensor, k: int, order: bool) -> tuple[Tensor, ...]:
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
-def complaint(run: Callable[..., tuple[Tensor, ...]], x: Tensor, k: int) -> dict[str, str]:
+def complaint(run: Callable[..., tuple[Tensor, ...]], x: Tensor, k: int) -> str:
     """Empty where ids are those of a stable descending sort, on 16 rows at either end of all of them."""
-    try:
-        ids = run(x, k, Side(x.shape[1]))[0].cpu()
-    except (RuntimeError, ValueError) as failure:
-        return {"failed": f"{type(failure).__name__}: {failure}"[:600]}
+    ids = run(x, k, Side(x.shape[1]))[0].cpu()
     ends = torch.cat([torch.arange(16), torch.arange(16) + len(x) - 16]).clamp(0, len(x) - 1).to(x.device)
     order = x[ends].float().sort(dim=-1, descending=True, stable=True).indices[:, :k].cpu()
-    return {} if (order == ids[ends.cpu()]).all() else {"wrong": "ids are not those of a stable sort"}
+    return "" if (order == ids[ends.cpu()]).all() else "ids are not those of a stable sort"
 
 
 def topk_case(bench: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype, kind: str, rivals: bool) -> None:
@@ -63,10 +59,16 @@ def topk_case(bench: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype, k
         variants["torch sorted=False"] = lambda: torch_topk(x, k, False)
     for kernel in dispatch.kernels("topk"):
         facts = dispatch.Facts("topk", x.device, dtype, vocab, k)
-        if kernel.backend == "torch" or kernel.refuses(facts) is not None:
+        if kernel.backend in ("torch", *bench.banned) or kernel.refuses(facts) is not None or label in bench.done:
             continue
-        if bad := complaint(kernel.run, x, k):
-            bench.rows.append({"case": label, "variant": kernel.backend} | bad)
+        row = {"case": label, "variant": kernel.backend}
+        try:
+            if bad := complaint(kernel.run, x, k):
+                bench.rows.append(row | {"wrong": bad})
+                continue
+        except Exception as failure:
+            bench.rows.append(row)
+            bench.failed(row, failure)
             continue
         variants[kernel.backend] = lambda run=kernel.run: run(x, k, Side(vocab))  # type: ignore[misc]
 
@@ -79,19 +81,21 @@ def topk_case(bench: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype, k
 
 def main() -> int:
     chosen = options(__doc__, "gpu_topk.json", 60.0)
-    device = torch.device(chosen.device)
-    bench = Bench(device, chosen.seconds, repeats=2 if chosen.tiny else 11)
     rows, vocab = (34, 3000) if chosen.tiny else (8192, 151936)
-    torch.manual_seed(0)
     bf16, fp32 = torch.bfloat16, torch.float32
-    topk_case(bench, rows, vocab, 64, bf16, "gaussian", rivals=True)
-    for kind in ("ascending", "equal", "third banned"):
-        topk_case(bench, rows, vocab, 64, bf16, kind, rivals=False)
-    topk_case(bench, rows // 2, vocab, 64, fp32, "gaussian", rivals=False)
-    for k in (512, 1024):
-        topk_case(bench, rows, vocab, k, bf16, "gaussian", rivals=False)
-    topk_case(bench, rows // 32 * 2, vocab, 64, bf16, "gaussian", rivals=False)
-    return write(bench, Path(chosen.out), chosen.tiny)
+    cases = [
+        (rows, 64, bf16, "gaussian"),
+        *((rows, 64, bf16, kind) for kind in ("ascending", "equal", "third banned")),
+        (rows // 2, 64, fp32, "gaussian"),
+        *((rows, k, bf16, "gaussian") for k in (512, 1024)),
+        (rows // 32 * 2, 64, bf16, "gaussian"),
+    ]
+
+    def section(number: int) -> Callable[[Bench], None]:
+        some, k, dtype, kind = cases[number]
+        return lambda bench: topk_case(bench, some, vocab, k, dtype, kind, rivals=number == 0)
+
+    return run(chosen, 11, {f"case {number}": section(number) for number in range(len(cases))})
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ struct DeviceBlock {
 inline const char* sentence(cudaError_t error, const char* what) {
   static thread_local char text[256];
   if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch would be told of this error
   std::snprintf(text, sizeof text, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
   return text;
 }

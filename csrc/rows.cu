@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 2) dense_rows_kernel(const DenseRows
 template <class F>
 __global__ void __launch_bounds__(kThreads, 2) sparse_rows_kernel(const SparseRows call, const Dtype grad, const F formula) {
   __shared__ uint32_t slots[Block::kSlots];
-  extern __shared__ char memory[];
+  extern __shared__ __align__(16) char memory[];
   Block block{static_cast<int>(threadIdx.x), kThreads, memory, slots};
   uint32_t* mask = reinterpret_cast<uint32_t*>(memory);
   for (int64_t i = threadIdx.x; i < (call.student.vocab + 127) / 128 * 4; i += kThreads) mask[i] = 0;

@@ -136,25 +136,50 @@ def inspect(path: Path, rows: int, against: Path | None, as_json: bool) -> None:
 @click.command()
 @CACHE
 @click.option("--deep", is_flag=True, help="Decode every row too, and check its ids, order, mass and hashes.")
+@click.option("--tokenizer", metavar="MODEL",
+              help="Is it mine: must be over this tokenizer (a folder, hub name, GGUF file or package:NAME).")  # fmt: skip
+@click.option("--teacher", metavar="NAME", help="Is it mine: must name this teacher.")
 @AS_JSON
-def verify(path: Path, deep: bool, as_json: bool) -> None:
-    """Check every byte of the cache in the folder PATH against its checksums. Exit 1 when something is wrong."""
+def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, as_json: bool) -> None:
+    """Check every byte of the cache in the folder PATH against its checksums, and say whose rows it holds.
+
+    Exit 1 when something is wrong. For a cache from a stranger: --deep --tokenizer MODEL.
+    """
     from potstill.cache import tools
 
     report = tools.verify_cache(path, deep=deep)
     problems = [str(problem) for problem in report.problems]
     facts = {"sequences": report.sequences, "tokens": report.tokens, "bytes": report.bytes}
+    spec = tools.inspect_cache(path)["spec"] if report.ok else {}
+    says = {name: spec.get(name, "") for name in ("teacher", "teacher_revision", "tokenizer")}
+    strange = _strange(path, tokenizer, teacher) if report.ok else []
+    ok = report.ok and not strange
     if as_json:
-        show({"ok": report.ok, **facts, "problems": problems}, True)
+        show({"ok": ok, **facts, "says": says, "problems": problems + strange}, True)
     else:
-        for problem in problems:
+        for problem in problems + strange:
             click.echo(problem, err=True)
         sums = ", ".join(f"{value:,} {name}" for name, value in facts.items())
         click.echo(
-            f"whole: {sums}" if report.ok else f"damaged: {len(problems)} problem(s) in {sums}",
-            err=not report.ok,
+            f"whole: {sums}" if report.ok else f"damaged: {len(problems)} problem(s) in {sums}", err=not report.ok
         )
-    sys.exit(0 if report.ok else 1)
+        for name, value in says.items() if report.ok else ():
+            click.echo(f"{name.replace('_', ' ')}: {value or 'not said'}")
+        if report.ok and (tokenizer or teacher):
+            click.echo("not yours" if strange else "yours: it says what you asked for", err=bool(strange))
+    sys.exit(0 if ok else 1)
+
+
+def _strange(path: Path, tokenizer: str | None, teacher: str | None) -> list[str]:
+    """Sentences on what the cache says otherwise than is asked."""
+    if not (tokenizer or teacher):
+        return []
+    from potstill import cache
+    from potstill.capture.models import load_tokenizer
+    from potstill.integrations.checks import differences
+
+    wanted = {"teacher": teacher, "tokenizer": load_tokenizer(tokenizer) if tokenizer else None}
+    return list(differences(cache.open(path), wanted).values())
 
 
 @click.command()

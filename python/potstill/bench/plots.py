@@ -173,14 +173,30 @@ def fidelity(figure: Any, found: Row) -> bool:
 
 
 def gpu(figure: Any, found: Row) -> bool:
-    """Time over the floor of each case, one panel a kernel family."""
+    """Time over the floor: a panel a kernel family, a horizontal bar a variant, below the name of its case."""
     rows = [r for r in found.get("gpu", []) if r.get("over_floor") is not None]
     if not rows:
         return False
-    kernels = list(dict.fromkeys(r["kernel"] for r in rows))
-    for axes, kernel in zip(figure.subplots(len(kernels), 1, squeeze=False)[:, 0], kernels, strict=True):
-        bars(axes, [r for r in rows if r["kernel"] == kernel], "over_floor")
-        finish(axes, "", "time / floor", kernel)
+    families = [[r for r in rows if r["kernel"] == kernel] for kernel in dict.fromkeys(r["kernel"] for r in rows)]
+    heights = [len(family) + len({r["case"] for r in family}) for family in families]
+    figure.set_size_inches(8, 0.19 * sum(heights) + 0.7 * len(families))
+    panels = figure.subplots(len(families), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, family in zip(panels, families, strict=True):
+        lines_: list[Row] = []
+        for case in dict.fromkeys(r["case"] for r in family):
+            lines_ += [{"variant": case}, *(r for r in family if r["case"] == case)]
+        drawn = [(-i, r) for i, r in enumerate(lines_) if "over_floor" in r]
+        bar = axes.barh([i for i, _ in drawn], [r["over_floor"] for _, r in drawn], 0.8, color="#9aa5b1")
+        for patch, (_, r) in zip(bar, drawn, strict=True):
+            patch.set_color(style(r["variant"])["color"])
+        axes.bar_label(bar, fmt="%.2f", fontsize=6, color=INK, padding=2)
+        axes.set_yticks([-i for i in range(len(lines_))], [r["variant"] for r in lines_], fontsize=6)
+        for label, r in zip(axes.get_yticklabels(), lines_, strict=True):
+            label.set_fontweight("normal" if "over_floor" in r else "bold")
+        axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
+        axes.margins(x=0.1, y=0.01)
+        finish(axes, "time / floor", "", family[0]["kernel"])
+        axes.grid(False, axis="y")
     return True
 
 

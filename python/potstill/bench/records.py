@@ -26,9 +26,12 @@ LABELS = {
 
 
 def commit() -> str:
-    """The commit of the tree that this package runs from, "-dirty" when it has changes; "" outside a clone."""
+    """The commit of the tree that this package runs from, "-dirty" when it has changes; "" outside a clone or without git."""
     here = str(Path(__file__).parent)
-    done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -83,14 +83,20 @@ def _curve(axis: Any, r: dict[str, Any]) -> None:
     axis.set_axisbelow(True)
     axis.plot(steps, losses, color=OURS, linewidth=2.2, solid_capstyle="round")
     axis.fill_between(steps, losses, color=OURS, alpha=0.08, linewidth=0)
-    axis.scatter(steps[-1:], losses[-1:], color=OURS, s=28, zorder=3, clip_on=False)
-    end = {"textcoords": "offset points", "ha": "center", "fontweight": "bold", "color": OURS}
-    axis.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), (0, 9), **end)
-    axis.set_xlim(steps[0], steps[-1] * 1.02)
+    mark_end(axis, steps[-1], losses[-1], f"{losses[-1]:.2f}")
+    axis.set_xlim(steps[0], steps[-1])
     axis.set_ylim(0, max(losses) * 1.08)
     axis.set_xlabel("optimiser step")
     axis.spines["left"].set_visible(False)
     axis.tick_params(length=0)
+
+
+def mark_end(axis: Any, x: float, y: float, text: str) -> None:
+    """A dot at a curve's last point and its value to the right of it, where no curve is."""
+    axis.scatter([x], [y], color=OURS, s=28, zorder=3, clip_on=False)
+    axis.annotate(
+        text, (x, y), (7, 0), textcoords="offset points", va="center", fontweight="bold", color=OURS, annotation_clip=False
+    )
 
 
 def _held_out(axis: Any, r: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from potstill.demo.plot import INK, MUTED, OTHER, OURS, STYLE, bare, note
+from potstill.demo.plot import INK, MUTED, OTHER, OURS, STYLE, bare, mark_end, note
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -42,9 +42,8 @@ def _curve(axis: Any, points: list[dict[str, float]], name: str, title: str, sai
     axis.set_title(title)
     note(axis, said)
     axis.plot(steps, values, color=OURS, linewidth=2.0)
-    axis.scatter(steps[-1:], values[-1:], color=OURS, s=28, zorder=3)
-    axis.annotate(f"{values[-1]:.3g}", (steps[-1], values[-1]), (0, 9), textcoords="offset points", ha="center",
-                  fontweight="bold", color=OURS)  # fmt: skip
+    mark_end(axis, steps[-1], values[-1], f"{values[-1]:.3g}")
+    axis.set_xlim(steps[0], steps[-1])
     axis.set_ylim(0, max(values) * 1.08)
     axis.set_xlabel("optimiser step")
     axis.tick_params(length=0)

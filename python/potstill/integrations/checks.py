@@ -49,15 +49,29 @@ def check_cache(
             "and student need one tokenizer; where only the head's matrix is padded, give "
             f"DistillConfig(vocab_size={cache.spec.vocab_size})"
         )
-    has = {name: getattr(cache.spec, name) for name in NAMES[:3]}
-    has["chat_template"] = str(cache.spec.extra.get("chat_template", ""))
+    has = _identity(cache)
     if tokenizer is not None and hasattr(tokenizer, "get_vocab"):
         for name in ("tokenizer", "chat_template"):
             if has[name]:
                 wanted.setdefault(name, tokenizer)
-    for name, value in wanted.items():
-        if value is not None and has[name] != (value := _hashed(name, value)):
-            raise WrongCache(_sentence(name, has[name], value))
+    for name, sentence in differences(cache, wanted).items():
+        raise WrongCache(
+            f"{sentence}: build one with it, or say otherwise with expect={{{name!r}: ...}} (None switches this "
+            "comparison off)"
+        )
+
+
+def differences(cache: Any, wanted: Mapping[str, Any]) -> dict[str, str]:
+    """What of `wanted` (see `check_cache`'s expect) the cache is not, or does not say: name -> sentence."""
+    has = _identity(cache)
+    expected = {name: _hashed(name, value) for name, value in wanted.items() if value is not None}
+    return {name: _sentence(name, has[name], value) for name, value in expected.items() if has[name] != value}
+
+
+def _identity(cache: Any) -> dict[str, str]:
+    """NAMES -> what the cache's spec says, "" where it says nothing."""
+    has = {name: getattr(cache.spec, name) for name in NAMES[:3]}
+    return has | {"chat_template": str(cache.spec.extra.get("chat_template", ""))}
 
 
 def _hashed(name: str, value: Any) -> str:
@@ -74,10 +88,7 @@ def _sentence(name: str, has: str, wanted: str) -> str:
         "chat_template": "chat template",
     }[name]  # fmt: skip
     found = f"the cache was built with the {what} {has!r}" if has else f"the cache does not say which {what} it has"
-    return (
-        f"{found}, {wanted!r} is expected: build one with it, or say otherwise with expect={{{name!r}: ...}} "
-        "(None switches this comparison off)"
-    )
+    return f"{found}, {wanted!r} is expected"
 
 
 def check_keys(cache: Any, dataset: Any, key: str = "key") -> None:
