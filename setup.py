@@ -99,7 +99,7 @@ def find_cuda() -> Path | None:
     site = {*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     roots += [Path(folder, "nvidia", "cu13") for folder in sorted(site)]
     roots = [root.resolve() for root in roots if (root / "bin/nvcc").exists()]
-    # a wrapper called nvcc on PATH has no cicc beside it; taken where the extension is demanded and there is nothing else
+    # a wrapper called nvcc on PATH has no cicc beside it; taken where _cuda is demanded and there is no other
     for root in [*(root for root in roots if (root / "nvvm/bin/cicc").exists()), *(roots if wish == "1" else [])]:
         return root
     if wish == "1":

@@ -16,7 +16,7 @@ step() { # name, seconds, command...
     local name=$1 limit=$2 start=$SECONDS left=$((LIMIT - SECONDS)) status
     shift 2
     ((limit > left)) && limit=$left
-    if ((limit < 5)); then
+    if ((limit < 1)); then
         say "== $name: not run, the time is used up"
         failed+=("$name")
         return 1

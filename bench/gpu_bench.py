@@ -90,8 +90,8 @@ class Bench:
             self.rows.append({"case": name, "skipped": "the time was used up"})
             return
         try:
-            mine = self.check(name, {k: v for k, v in variants.items() if k not in self.banned}, value, tolerance, about)
-            self.time(mine, variants, floor)
+            allowed = {label: call for label, call in variants.items() if label not in self.banned}
+            self.time(self.check(name, allowed, value, tolerance, about), variants, floor)
         finally:
             self.save()
             for row in (r for r in self.rows if r["case"] == name):
@@ -158,12 +158,12 @@ def options(doc: str, out: str, seconds: float) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=seconds)
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--tiny", action="store_true", help="small shapes: checks this script, measures nothing")
-    parser.add_argument("--resume", action="store_true", help="goes on with --out, without the variants that failed there")
+    parser.add_argument("--resume", action="store_true", help="goes on with --out, without what took the device down")
     return parser.parse_args()
 
 
 def run(chosen: argparse.Namespace, repeats: int, sections: dict[str, Callable[[Bench], None]]) -> int:
-    """Runs the sections; whatever stops one, writes what there is. 1: something was wrong or failed; 3: the device is lost."""
+    """Runs the sections; whatever stops one, writes what there is. 1: something was wrong; 3: the device is lost."""
     bench = Bench(chosen.device, chosen.seconds, 2 if chosen.tiny else repeats, chosen.out, chosen.tiny, chosen.resume)
     torch.manual_seed(0)
     try:

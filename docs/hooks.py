@@ -49,7 +49,18 @@ def errors() -> str:
         if rows:
             lines = [f"| {kind} | {cell(message)} |" for kind, message in rows]
             parts += [f"\n## potstill.{module}\n", "| error | message |", "| --- | --- |", *lines]
+    lines = [f"| {cell(when)} | {cell(message)} |" for when, message in of_the_cache()]
+    parts += ["\n## Files of a cache\n", "| when | message |", "| --- | --- |", *lines]
     return "\n" + "\n".join(parts) + "\n"
+
+
+def of_the_cache() -> Iterator[tuple[str, str]]:
+    """(when, message) of each error that the Rust library has a sentence for."""
+    source = (ROOT / "rust" / "core" / "src" / "error.rs").read_text()
+    for when, message in re.findall(r'/// (.+)\n\s*#\[error\(\s*"((?:[^"\\]|\\[\s\S])*)"', source):
+        message = re.sub(r"\{[^}]*\}", "{…}", re.sub(r"\\\n\s*", "", message))
+        if len(message.replace("{…}", "").strip(" :,")) > 3:
+            yield when.rstrip("."), message
 
 
 def raised(tree: ast.AST) -> Iterator[tuple[str, str]]:

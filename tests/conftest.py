@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """An error on the device is of the test that made it, and ends its process: all that followed there would fail too."""
+    """An error on the device is its test's, and ends the process: all that followed there would fail too."""
     if not item.get_closest_marker("gpu") or not torch.cuda.is_available():
         return
     try:

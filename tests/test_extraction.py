@@ -92,7 +92,7 @@ def log_sum_exp(z: torch.Tensor) -> torch.Tensor:
 
 
 def check(x: torch.Tensor, k: int, backend: str, vocab_size: int | None = None) -> None:
-    got = ps.topk(x, k, vocab_size=vocab_size, backend=backend).to("cpu")  # the truth is the CPU's: its sort has one NaN
+    got = ps.topk(x, k, vocab_size=vocab_size, backend=backend).to("cpu")  # which sorts NaN of either sign alike
     z = x[..., :vocab_size].double().cpu()
     values, ids = z.sort(dim=-1, descending=True, stable=True)
     assert got.ids.dtype == torch.int32 and torch.equal(got.ids.long(), ids[..., :k])

@@ -77,7 +77,6 @@ def verdict(runs: list[dict]) -> tuple[bool, str]:
 
 def picture(axis, runs) -> None:
     bars(axis, runs, {f"{name}: acceptance": name for name in ("before", *DIVERGENCES)}, "acceptance")
-    axis.set_ylim(0.5 * min(run["before: acceptance"] for run in runs))
 
 
 def main(argv=None) -> dict:

@@ -82,7 +82,6 @@ def verdict(runs: list[dict]) -> tuple[bool, str]:
 def picture(axis, runs) -> None:
     names = ("everything", "random half", "best half")
     bars(axis, runs, {f"{name}: held-out loss": name for name in names}, "held-out cross-entropy, nats")
-    axis.set_ylim(0.9 * min(run["best half: held-out loss"] for run in runs))
 
 
 def main(argv=None) -> dict:

@@ -137,7 +137,7 @@ def inspect(path: Path, rows: int, against: Path | None, as_json: bool) -> None:
 @CACHE
 @click.option("--deep", is_flag=True, help="Decode every row too, and check its ids, order, mass and hashes.")
 @click.option("--tokenizer", metavar="MODEL",
-              help="Is it mine: must be over this tokenizer (a folder, hub name, GGUF file or package:NAME).")  # fmt: skip
+              help="Is it mine: must be over this tokenizer: a folder, hub name, GGUF file, package:NAME.")  # fmt: skip
 @click.option("--teacher", metavar="NAME", help="Is it mine: must name this teacher.")
 @AS_JSON
 def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""A cache from a stranger: one command says whether it is whole, whose it says it is, and whether that is what is meant."""
+"""A cache from a stranger: one command says whether it is whole, whose it says it is, and whether it is mine."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ def test_pitfall_18_every_repetition_is_the_first(form, backend, device, vocab, 
             pytest.skip("needs 12 GB of device memory")
 
     x = base.repeat(times, 1)
-    parts = (other.repeat(times, 1),) if form == "dense" else tuple(t.repeat(times, *[1] * (t.dim() - 1)) for t in entries)
+    plain = (other,) if form == "dense" else entries
+    parts = tuple(part.repeat(times, *[1] * (part.dim() - 1)) for part in plain)
     out = kernel(op, backend)(x, *parts, torch.ones(rows, device=device), None, spec, x)
     blocks, values = x.view(times, UNIQUE, vocab), out.view(2, times, UNIQUE)
     assert all(torch.equal(block, blocks[0]) for block in blocks)  # one at a time: no mask of all of them
     assert torch.equal(values, values[:, :1].expand_as(values))
 
     grad = torch.empty_like(base, dtype=torch.float32)
-    plain = (other,) if form == "dense" else entries
     want = kernel(op, "torch")(base.float(), *(p.float() if p.is_floating_point() else p for p in plain),
                                torch.ones(UNIQUE, device=device), None, spec, grad)  # fmt: skip
     torch.testing.assert_close(values[:, 0], want, rtol=2e-5, atol=1e-6)

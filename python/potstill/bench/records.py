@@ -26,7 +26,7 @@ LABELS = {
 
 
 def commit() -> str:
-    """The commit of the tree that this package runs from, "-dirty" when it has changes; "" outside a clone or without git."""
+    """The commit of the tree that this package runs from, "-dirty" when it has changes; "" without git or a clone."""
     here = str(Path(__file__).parent)
     try:
         done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -101,7 +101,8 @@ def of_gpu(row: Row) -> Iterator[Row]:
         return
     config = ("vocab", "hidden", "k", "dtype", "kind")
     yield record(row, row["kernel"], row["mode"], "rows", "speed", "ms", milliseconds(row), config)
-    yield record(row, row["kernel"], row["mode"], "rows", "time_over_floor", "ratio", row["over_floor"], config)
+    if row.get("over_floor") is not None:
+        yield record(row, row["kernel"], row["mode"], "rows", "time_over_floor", "ratio", row["over_floor"], config)
     if row.get("peak_bytes") is not None:
         yield record(row, row["kernel"], row["mode"], "rows", "memory", "MB", row["peak_bytes"] / 1e6, config)
 

@@ -94,9 +94,8 @@ def _curve(axis: Any, r: dict[str, Any]) -> None:
 def mark_end(axis: Any, x: float, y: float, text: str) -> None:
     """A dot at a curve's last point and its value to the right of it, where no curve is."""
     axis.scatter([x], [y], color=OURS, s=28, zorder=3, clip_on=False)
-    axis.annotate(
-        text, (x, y), (7, 0), textcoords="offset points", va="center", fontweight="bold", color=OURS, annotation_clip=False
-    )
+    beside = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+    axis.annotate(text, (x, y), (7, 0), fontweight="bold", color=OURS, **beside)
 
 
 def _held_out(axis: Any, r: dict[str, Any]) -> None:
