@@ -77,6 +77,28 @@ def test_what_is_slower_than_the_limit_is_left_out():
     assert list(in_turns(calls, repeats=2, limit=0.01)) == ["fast"]
 
 
+def test_what_would_take_minutes_is_left_out_after_a_few_rows(monkeypatch):
+    """A loss of 5 us for each row and entry is never called on more than 16 rows of a quarter of the vocabulary."""
+    plain, called = Case.eager, []
+
+    def slow(self):
+        called.append((self.shape.rows, self.shape.vocab))
+        time.sleep(5e-6 * self.shape.rows * self.shape.vocab)
+        return plain(self)
+
+    monkeypatch.setattr(losses, "CHECKED", replace(losses.CHECKED, rows=8, vocab=300))
+    monkeypatch.setattr(Case, "eager", slow)
+    monkeypatch.setattr(rivals, "version", lambda package: None)
+    shape, notes = replace(SMALL, rows=256, vocab=2_000), []
+    guess = losses.estimates(shape, compiled=False)
+    assert 0.7 * 2.56 < guess["eager"] < 2 * 2.56, guess
+    called.clear()
+    found = losses.rows(shape, repeats=1, compiled=False, limit=0.3, peaks=False, note=notes.append)
+    assert "eager" not in {r["variant"] for r in found} and "potstill" in {r["variant"] for r in found}
+    assert max(called) <= (16, 500), called
+    assert any("eager not timed: about" in note for note in notes), notes
+
+
 def test_a_red_check_prints_no_number(monkeypatch):
     """A wrong value, a wrong gradient and a crash are noted and have no row; the others are timed."""
 

@@ -14,6 +14,7 @@ from potstill.losses import linear_distill_loss
 from potstill.teachers import Head, HiddenTeacher, TopK
 
 CHUNK = 256  # rows of the floor's logit buffer and of the rivals that take a chunk size
+WIDENED = "eager on fp32 copies"
 FRESH = "products alone, outputs allocated anew"
 Loss = Callable[[], Tensor]
 
@@ -55,13 +56,23 @@ class Case:
 
     def losses(self) -> dict[str, Loss]:
         """name -> the loss of this case; the rivals of other packages are in rivals.py."""
-        return {"potstill": self.potstill, "eager": self.eager}
+        found = {"potstill": self.potstill, "eager": self.eager}
+        if self.shape.dtype in ("bfloat16", "float16"):
+            found[WIDENED] = self.eager_widened
+        return found
 
     def potstill(self) -> Tensor:
         return linear_distill_loss(self.h, Head(self.w), self.teacher)
 
     def eager(self) -> Tensor:
         return self.plain(self.h, self.w, self.teacher if self.th is None else (self.th, self.tw))
+
+    def eager_widened(self) -> Tensor:
+        """Eager on fp32 copies of all inputs: what one does where 16-bit products are slow."""
+        teacher = self.teacher
+        if self.th is not None and self.tw is not None:
+            teacher = self.th.float(), self.tw.float()
+        return self.plain(self.h.float(), self.w.float(), teacher)
 
     @property
     def plain(self) -> Callable[..., Tensor]:

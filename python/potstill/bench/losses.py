@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from potstill.bench import rivals
-from potstill.bench.cases import Case, Loss, Shape, eager_gather_first
+from potstill.bench.cases import WIDENED, Case, Loss, Shape, eager_gather_first
 from potstill.bench.measure import Variant, in_turns, peak_in_process, timing
 
 Row = dict[str, Any]
@@ -100,8 +100,24 @@ def check(shape: Shape, compiled: bool) -> dict[str, str]:
     return wrong
 
 
+def estimates(shape: Shape, compiled: bool, wrong: Collection[str] = ()) -> dict[str, float]:
+    """{name: about how many seconds one call takes}, a line through the times at 8 and 16 rows of a quarter of V.
+
+    No more than a guard: one product in 16 bits that has no kernel of its own takes minutes at the whole size.
+    """
+    few, more, part = 8, 16, 4
+    if shape.rows <= more or shape.vocab < part:
+        return {}
+    taken: dict[str, list[float]] = {}
+    for rows in (few, more):
+        calls = variants(compiled, **asdict(replace(shape, rows=rows, vocab=shape.vocab // part)))
+        for name, seconds in in_turns({n: f for n, f in calls.items() if n not in wrong}, repeats=2).items():
+            taken.setdefault(name, []).append(min(seconds))
+    return {n: part * (a + (b - a) * (shape.rows - few) / (more - few)) for n, (a, b) in taken.items()}
+
+
 def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: bool, note: Note) -> list[Row]:
-    """One row a variant: seconds, spread, ratios to the floor and to eager, peak bytes above inputs and gradients.
+    """One row a variant: seconds, spread, ratios to the floor and the faster eager form, peak bytes less inputs and gradients.
 
     A variant whose check is red, or one call of which takes longer than `limit` seconds, is noted and has no row.
     """
@@ -112,14 +128,18 @@ def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: boo
     wrong = check(shape, compiled)
     for name, why in wrong.items():
         note(f"{case}: {name} is RED and is not timed: {why}")
-    calls = {name: f for name, f in variants(compiled, **asdict(shape)).items() if name not in wrong}
+    left_out = {name: taken for name, taken in estimates(shape, compiled, wrong).items() if taken > 3 * limit}
+    for name, taken in left_out.items():
+        note(f"{case}: {name} not timed: about {taken:,.0f} s a call, from a few rows of it")
+    dropped = wrong.keys() | left_out.keys()
+    calls = {name: f for name, f in variants(compiled, **asdict(shape)).items() if name not in dropped}
     seconds = in_turns(calls, repeats, limit=limit)
     for name in calls.keys() - seconds.keys():
         note(f"{case}: {name} not timed: one call takes more than {limit:.0f} s")
     del calls
     floors = [median(s) for name, s in seconds.items() if name.startswith("floor")]
     floor = min(floors) if floors else None
-    eager = median(seconds["eager"]) if "eager" in seconds else None
+    eager = min((median(seconds[name]) for name in ("eager", WIDENED) if name in seconds), default=None)
     found = []
     for name, taken in seconds.items():
         if name.startswith("floor"):

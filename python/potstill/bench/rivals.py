@@ -65,6 +65,8 @@ def found(case: Case, compiled: bool = True) -> tuple[dict[str, Loss], dict[str,
     wanted: dict[str, Callable[[], Loss]] = {}
     if compiled:
         wanted["torch.compile"] = lambda: compiled_eager(case)
+        if case.shape.dtype in ("bfloat16", "float16"):
+            wanted["torch.compile on fp32 copies"] = lambda: torch.compile(case.eager_widened)
     if case.shape.form == "dense":
         wanted["Liger chunked"] = lambda: liger(case, False)
         if compiled:
