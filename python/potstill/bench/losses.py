@@ -117,7 +117,7 @@ def estimates(shape: Shape, compiled: bool, wrong: Collection[str] = ()) -> dict
 
 
 def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: bool, note: Note) -> list[Row]:
-    """One row a variant: seconds, spread, ratios to the floor and the faster eager form, peak bytes less inputs and gradients.
+    """One row a variant: seconds, spread, ratios to the floor and the faster eager form, peak bytes without gradients.
 
     A variant whose check is red, or one call of which takes longer than `limit` seconds, is noted and has no row.
     """
