@@ -111,7 +111,7 @@ def estimates(shape: Shape, compiled: bool, wrong: Collection[str] = ()) -> dict
     taken: dict[str, list[float]] = {}
     for rows in (few, more):
         calls = variants(compiled, **asdict(replace(shape, rows=rows, vocab=shape.vocab // part)))
-        for name, seconds in in_turns({n: f for n, f in calls.items() if n not in wrong}, repeats=2).items():
+        for name, seconds in in_turns({n: f for n, f in calls.items() if n not in wrong}, repeats=1).items():
             taken.setdefault(name, []).append(min(seconds))
     return {n: part * (a + (b - a) * (shape.rows - few) / (more - few)) for n, (a, b) in taken.items()}
 
@@ -128,9 +128,9 @@ def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: boo
     wrong = check(shape, compiled)
     for name, why in wrong.items():
         note(f"{case}: {name} is RED and is not timed: {why}")
-    left_out = {name: taken for name, taken in estimates(shape, compiled, wrong).items() if taken > 3 * limit}
-    for name, taken in left_out.items():
-        note(f"{case}: {name} not timed: about {taken:,.0f} s a call, from a few rows of it")
+    left_out = {name: guess for name, guess in estimates(shape, compiled, wrong).items() if guess > 3 * limit}
+    for name, guess in left_out.items():
+        note(f"{case}: {name} not timed: about {guess:,.0f} s a call, from a few rows of it")
     dropped = wrong.keys() | left_out.keys()
     calls = {name: f for name, f in variants(compiled, **asdict(shape)).items() if name not in dropped}
     seconds = in_turns(calls, repeats, limit=limit)
