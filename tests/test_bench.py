@@ -99,6 +99,20 @@ def test_what_would_take_minutes_is_left_out_after_a_few_rows(monkeypatch):
     assert any("eager not timed: about" in note for note in notes), notes
 
 
+def test_a_run_of_one_dtype_leaves_the_cases_of_the_other(tmp_path):
+    def found(*losses):
+        sections: dict[str, list[dict[str, object]]] = {name: [] for name in run.SECTIONS}
+        return {"machine": {"cpu": "x"}, **sections, "losses": list(losses), "topk": []}
+
+    old = {"case": "bf16", "dtype": "bfloat16", "variant": "a"}, {"case": "fp32", "dtype": "float32", "variant": "old"}
+    (tmp_path / "bench.json").write_text(json.dumps(found(*old)))
+    new = {"case": "fp32", "dtype": "float32", "variant": "new"}
+    assert run.with_earlier(found(new), tmp_path)["losses"] == [new, old[0]]
+    assert run.with_earlier(found(), tmp_path)["losses"] == [old[1], old[0]]
+    other = {**found(new), "machine": {"cpu": "y"}}
+    assert run.with_earlier(other, tmp_path)["losses"] == [new]
+
+
 def test_a_red_check_prints_no_number(monkeypatch):
     """A wrong value, a wrong gradient and a crash are noted and have no row; the others are timed."""
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from potstill.bench.cases import FRESH
+
 Row = dict[str, Any]
 INK, GRID = "#1f2933", "#d9dee3"
 COLOURS = {
@@ -20,6 +22,9 @@ MARKERS = dict(zip(COLOURS, "osD^v<>", strict=True))
 
 def style(name: str) -> dict[str, Any]:
     return {"color": COLOURS.get(name, "#9aa5b1"), "marker": MARKERS.get(name, "x")}
+
+
+COPIES = " on fp32 copies"
 
 
 def finish(axes: Any, x: str, y: str, title: str) -> None:
@@ -59,18 +64,19 @@ def bars(axes: Any, rows: list[Row], column: str) -> None:
             if case in mine
         ]
         heights = [mine[case] for case in cases if case in mine]
-        drawn = axes.bar(at, heights, width * 0.92, label=name, color=style(name)["color"])
+        look = {"color": style(name.removesuffix(COPIES))["color"], "edgecolor": "white", "linewidth": 0}
+        drawn = axes.bar(at, heights, width * 0.92, label=name, hatch="///" if name.endswith(COPIES) else None, **look)
         axes.bar_label(drawn, fmt="%.2f", fontsize=6, color=INK, padding=1)
     axes.set_xticks(range(len(cases)), [c.replace(", ", "\n", 1) for c in cases], fontsize=8)
-    axes.legend(frameon=False, fontsize=8, ncols=min(3, len(names)))
-    axes.margins(y=0.2)
+    axes.legend(frameon=False, fontsize=8, ncols=min(4, len(names)), loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.margins(y=0.1)
 
 
 def over_gemms(section: str, title: str) -> Callable[[Any, Row], bool]:
     """Time over the matrix products alone, by case and variant of one section."""
 
     def make(figure: Any, found: Row) -> bool:
-        rows = [r for r in found.get(section, []) if r["over_floor"] is not None]
+        rows = [r for r in found.get(section, []) if r["over_floor"] is not None and r["variant"] != FRESH]
         if not rows:
             return False
         axes = figure.subplots()

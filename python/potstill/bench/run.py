@@ -111,12 +111,18 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
 
 
 def with_earlier(found: Row, out: Path) -> Row:
-    """`found`, its empty sections filled from out/bench.json of the same machine and versions."""
+    """`found`, its empty sections filled from out/bench.json of the same machine and versions.
+
+    Of the losses each case stands for itself: a run of one dtype leaves the cases of the others.
+    """
     path = out / "bench.json"
     earlier = json.loads(path.read_text()) if path.is_file() else {}
     if earlier.get("machine") != json.loads(json.dumps(found["machine"])):
         return found
-    return {name: value or earlier.get(name, value) for name, value in found.items()}
+    merged = {name: value or earlier.get(name, value) for name, value in found.items()}
+    measured = {row["case"] for row in found["losses"]}
+    before = [row for row in earlier.get("losses", []) if row["case"] not in measured]
+    return {**merged, "losses": sorted(before + found["losses"], key=lambda row: row["dtype"], reverse=True)}
 
 
 def save(found: Row, out: Path) -> None:
@@ -133,7 +139,7 @@ def save(found: Row, out: Path) -> None:
 def write_csv(path: Path, rows: list[Row]) -> None:
     if rows:
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
 

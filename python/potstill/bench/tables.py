@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from potstill.bench.cases import FRESH
+
 Row = dict[str, Any]
 
 
@@ -139,6 +141,7 @@ def tables(found: Row, brief: bool = False) -> str:
         kept = {name: found.get(name, []) for name in ("losses", "topk", "cache", "xtok")}
         first = {r["case"]: None for r in kept["topk"]}
         chosen = [case for case in first if "gaussian" in case or "alone" in case]
+        kept["losses"] = [r for r in kept["losses"] if r["variant"] != FRESH]
         kept["topk"] = [r for r in kept["topk"] if r["case"] in chosen]
         for name in ("cache", "xtok"):  # their first case
             kept[name] = [r for r in kept[name] if r["case"] == kept[name][0]["case"]]
