@@ -27,7 +27,7 @@ UV = $(firstword $(foreach uv,uv $(STORE)/uv/bin/uv,$(if $(shell $(uv) --version
 PIP = $(UV) pip install --python $(PY) --constraints constraints.txt
 NVCC_PACKAGE := cuda-toolkit[nvcc,cccl,cudart,crt,nvvm]==13.0.2
 
-.PHONY: install demo test bench docs lint gpu-compile clean fuzz deny
+.PHONY: install demo test bench docs lint gpu-compile clean fuzz deny miri
 install: $(DONE)
 
 $(PY):
@@ -77,6 +77,11 @@ gpu-compile: install
 SECONDS := 60
 fuzz:
 	rust/fuzz/run.sh $(SECONDS)
+
+# the decoders where every read out of bounds is told, plain and with AVX2; needs: rustup toolchain install nightly --component miri rust-src
+miri:
+	cargo +nightly miri test --locked -p potstill-core --test decoder
+	RUSTFLAGS="-C target-feature=+avx2,+bmi1,+bmi2" cargo +nightly miri test --locked -p potstill-core --test decoder
 
 deny:  # needs cargo-deny: cargo install --locked cargo-deny
 	cargo deny --workspace check

@@ -57,8 +57,17 @@ class LazyGroup(click.Group):
             raise missing(error) from error
         except BrokenPipeError:
             raise
+        except MemoryError as error:
+            raise click.ClickException(
+                f"not enough memory: {printable(str(error) or 'an allocation failed')}"
+            ) from error
         except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's file for a terminal: what could steer it (escape sequences, direction marks) as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def missing(error: ModuleNotFoundError) -> click.ClickException:
@@ -94,7 +103,7 @@ def show(facts: dict[str, Any], as_json: bool) -> None:
             value = f"{value:,}"
         elif isinstance(value, dict):
             value = ", ".join(f"{k}={v}" for k, v in value.items())
-        click.echo(f"{name.replace('_', ' '):<{width}}  {value}")
+        click.echo(printable(f"{name.replace('_', ' '):<{width}}  {value}"))
 
 
 @click.command()
@@ -158,13 +167,13 @@ def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, a
         show({"ok": ok, **facts, "says": says, "problems": problems + strange}, True)
     else:
         for problem in problems + strange:
-            click.echo(problem, err=True)
+            click.echo(printable(problem), err=True)
         sums = ", ".join(f"{value:,} {name}" for name, value in facts.items())
         click.echo(
             f"whole: {sums}" if report.ok else f"damaged: {len(problems)} problem(s) in {sums}", err=not report.ok
         )
         for name, value in says.items() if report.ok else ():
-            click.echo(f"{name.replace('_', ' ')}: {value or 'not said'}")
+            click.echo(printable(f"{name.replace('_', ' ')}: {value or 'not said'}"))
         if report.ok and (tokenizer or teacher):
             click.echo("not yours" if strange else "yours: it says what you asked for", err=bool(strange))
     sys.exit(0 if ok else 1)

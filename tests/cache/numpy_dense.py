@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LOWEST_LOGIT = 0xFF80  # the code of the bf16 that is -inf
 RANK, STEP, TOKEN, COUNT, FIRST, REST, EXTRA = range(7)
 
 
@@ -37,11 +38,12 @@ class Bits:
 
 
 class Classes:
-    def __init__(self, widths: bytes, bound: int) -> None:
+    def __init__(self, widths: bytes, bound: int, widest: int) -> None:
         self.widths = list(widths)
+        assert max(widths) <= widest
         sizes = [1 << w for w in self.widths]
         self.bases = [sum(sizes[:c]) for c in range(16)]
-        assert sum(sizes) >= bound
+        assert sum(sizes) >= bound and max(self.bases) < 2**32
 
     def take(self, nibbles: Bits, raw: Bits) -> int:
         c = nibbles.take(4)
@@ -94,13 +96,14 @@ class Tables:
         assert data[16:24] == params[:8] and struct.unpack_from("<Q", data, 24)[0] == trained
         assert struct.unpack("<Q", data[-8:])[0] == check
         bounds = [vocab, vocab, k + 2**31, k + 1, 2**19 if self.shifted else 2**16, 2**16, 2**16]
-        self.classes = [Classes(data[32 + 16 * c : 48 + 16 * c], bounds[c]) for c in range(7)]
+        self.classes = [Classes(data[32 + 16 * c : 48 + 16 * c], bounds[c], 28 if c < 2 else 32) for c in range(7)]
         self.codes, self.draws = Prefix(data[144:208]), Prefix(data[208:272])
         (n,) = struct.unpack_from("<I", data, 272)
         at = 276 + 12 * n
         self.id_of: list[int] = []
         for i in range(n):
-            count, shift, size = struct.unpack_from("<IB3xI", data, 276 + 12 * i)
+            count, shift, zero, size = struct.unpack_from("<IB3sI", data, 276 + 12 * i)
+            assert shift <= 31 and zero == bytes(3) and n <= 64
             bits, following = Bits(data[at : at + size]), 0
             for _ in range(count):
                 high = bits.unary()
@@ -157,6 +160,7 @@ class Tables:
             else:
                 token = self.id_of[value - k] if value - k < self.vocab else value - k
             count = k - self.classes[COUNT].take(nibbles, raw) if ragged else k
+            assert count >= 0
             code = self.classes[FIRST].take(nibbles, raw) if layout.kind < 2 and k else 0
             shift = code % 8 if self.shifted else 0
             code = code // 8 if self.shifted else code
@@ -174,6 +178,13 @@ class Tables:
             else:
                 codes = raw_codes[used : used + count].tolist()
                 assert codes == sorted(codes)
+            assert not codes or codes[-1] <= [65535, LOWEST_LOGIT, 0x7C00, 0x7F800000][layout.kind]
+            values = [float(self.value(c, np.uint32(lse).view(np.float32))) for c in codes if layout.kind == 1]
+            assert all(v <= 1e-3 for v in values), "a logit is not a number, or above its lse"
+            if layout.kind == 0:
+                assert all(rest <= 65535 for rest in rests)
+            else:
+                assert all(float(np.uint32(rest).view(np.float32)) <= 0 for rest in rests)
             ranks: list[int] = []
             for j in range(count):
                 if j and codes[j] == codes[j - 1]:

@@ -45,8 +45,8 @@ def unpack(data: bytes, n: int, bits: int) -> np.ndarray:
     return (stream[: n * bits].reshape(n, bits) * weights).sum(-1).astype(np.int32)
 
 
-def rows(payload: bytes, n: int, entries: int, k: int, id_bits: int) -> tuple[np.ndarray, ...]:
-    token_bits, ragged = payload[0], payload[1]
+def rows(payload: bytes, n: int, entries: int, k: int, vocab: int) -> tuple[np.ndarray, ...]:
+    token_bits, ragged, id_bits = payload[0], payload[1], max(1, (vocab - 1).bit_length())
     at = 8
 
     def part(size: int) -> bytes:
@@ -60,8 +60,12 @@ def rows(payload: bytes, n: int, entries: int, k: int, id_bits: int) -> tuple[np
     counts = np.frombuffer(part(2 * n), "<u2").astype(int) if ragged else np.full(n, k)
     log_rest = np.frombuffer(part(4 * n), "<f4").copy()
     flat_ids = unpack(part(-(-entries * id_bits // 8)), entries, id_bits)
-    flat_lp = -np.frombuffer(part(2 * entries), "<f2").astype(np.float32)
-    assert at == len(payload) and counts.sum() == entries
+    halves = np.frombuffer(part(2 * entries), "<u2")
+    flat_lp = 0 - halves.view("<f2").astype(np.float32)
+    assert at == len(payload) and counts.sum() == entries and counts.max(initial=0) <= k
+    assert not any(payload[2:8]) and ragged < 2 and id_bits <= token_bits <= 31
+    assert flat_ids.max(initial=0) < vocab and not np.isnan(log_rest).any() and log_rest.max() <= 0
+    assert all(half <= 0x7C00 for half in halves), "a surprisal is negative or not a number"
     ids, log_probs = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32)
     present = np.arange(k) < counts[:, None]
     ids[present], log_probs[present] = flat_ids, flat_lp
@@ -111,8 +115,7 @@ def shard(path: Path, spec_text: str, columns: bool = False) -> dict[str, tuple[
         tables = dense.Tables(stored, data[80:112], vocab, k, xxh3, codec)
     else:
         size, stored, tables = 0, b"", None
-        id_bits = data[80]
-        assert id_bits == max(1, (vocab - 1).bit_length())
+        assert data[80] == max(1, (vocab - 1).bit_length())
     assert xxh3(data[: header_len - 8]) in (None, struct.unpack_from("<Q", data, header_len - 8)[0])
     footer_len, file_len, check = struct.unpack_from("<QQQ", data, len(data) - 32)
     assert file_len == len(data) and xxh3(data[-32:-16]) in (None, check)
@@ -134,11 +137,15 @@ def shard(path: Path, spec_text: str, columns: bool = False) -> dict[str, tuple[
             check, length, n, entries, kind, _ = blocks[i]
             body = data[offset : offset + length]
             assert xxh3(body[:-8]) in (None, check) and struct.unpack("<Q", body[-8:])[0] == check
-            magic, kind_, flags, number, n_, first, entries_, klen, _, plen = struct.unpack_from("<4sHHIIIIHHI", body)
+            magic, kind_, flags, number, n_, first, entries_, klen, zero, plen = struct.unpack_from(
+                "<4sHHIIIIHHI", body
+            )
             assert (magic, kind_, number, n_, entries_) == (b"PSBK", kind, i, n, entries) and 0 <= kind <= len(further)
             assert body[32 : 32 + klen].decode() == key and flags == int(i == block + count - 1)
             start = 32 + up8(klen)
             payload = body[start : start + plen]
+            assert zero == 0 and not any(body[32 + klen : start]) and len(body) == start + up8(plen) + 8
+            assert not any(body[start + plen : -8])
             offset += length
             if kind:
                 assert first == sum(map(len, extra[kind - 1])) and not entries and not any(extra[kind:])
@@ -150,7 +157,7 @@ def shard(path: Path, spec_text: str, columns: bool = False) -> dict[str, tuple[
                 coded += (mine := tables.block(payload, n, entries))
                 pieces.append(tables.arrays(mine))
             else:
-                pieces.append(rows(payload, n, entries, k, id_bits))
+                pieces.append(rows(payload, n, entries, k, vocab))
             payloads += payload
         block += count
         whole = tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))

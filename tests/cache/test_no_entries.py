@@ -129,11 +129,18 @@ def test_tools(whole, tmp_path):
     assert "Row i is that of token i + 1" in (tmp_path / "m" / "README.md").read_text()
     with cache.Writer(tmp_path / "p", spec()) as w:
         w.add("s2", given["s2"].tokens, given["s2"])
-    for name in ("x.tar", "x.safetensors"):
+    for name, more in {"x.tar": [], "x.safetensors": [], "x.parquet": [], "x.arrow": [],
+                       "x.jsonl": ["--vocab-size", "300", "--values", "fp32"]}.items():  # fmt: skip
         assert run(main, ["convert", str(tmp_path / "p"), str(tmp_path / name)]).exit_code == 0
-        assert run(main, ["convert", str(tmp_path / name), str(tmp_path / f"from-{name[2:]}")]).exit_code == 0
+        done = run(main, ["convert", str(tmp_path / name), str(tmp_path / f"from-{name[2:]}"), *more])
+        assert done.exit_code == 0, done.output
         back = cache.open(tmp_path / f"from-{name[2:]}")["s2"].topk
+        assert back.ids.shape[1] == 0
         np.testing.assert_array_equal(back.token_log_probs.numpy(), given["s2"].token_log_probs)
+    filled = tmp_path / "x.jsonl"
+    filled.write_text(filled.read_text().replace("[[]", "[[7]", 1).replace('"log_probs":[[]', '"log_probs":[[-1.5]', 1))
+    failed = run(main, ["convert", str(filled), str(tmp_path / "f"), "--vocab-size", "300", "--k", "0"])
+    assert failed.exit_code and "has 1 entries in a row, but k = 0 keeps" in failed.output
     failed = run(main, ["convert", str(tmp_path / "p"), str(tmp_path / "kit"), "--to", "distillkit"])
     assert failed.exit_code and "no place for token_log_probs" in failed.output
     store = cache.open(tmp_path / "m")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import pickle
 import re
+import shutil
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -156,6 +157,41 @@ def test_a_kept_folder_is_used_again(web, local, tmp_path):
     same(again, local)
 
 
+def test_a_torn_index_in_a_kept_folder_is_fetched_again(web, local, tmp_path):
+    same(cache.open(web.url, options=OPTIONS, folder=tmp_path / "kept"), local)
+    for shard in (tmp_path / "kept").rglob("*.shard"):
+        with open(shard, "r+b") as file:  # a machine that lost power
+            file.seek(-60, 2)
+            file.write(bytes(20))
+    count = len(web.bytes)
+    same(cache.open(web.url, options=OPTIONS, folder=tmp_path / "kept"), local)
+    assert 3 <= len([path for path, _ in web.bytes[count:] if "shards" in path]) <= 9  # blocks are not fetched again
+
+
+def test_a_refresh_fetches_new_records_and_shards_alone(web, local, dense_lab, tmp_path):
+    web.root = tmp_path / "grown"
+    shutil.copytree(local, web.root)
+    store = cache.open(web.url, options=OPTIONS, read_ahead=0)
+    old = list((store._fetching._mirror.root / "shards").glob("*.shard"))
+    count = len(web.bytes)
+    assert store.refresh() == 0 and [path for path, _ in web.bytes[count:]] == ["/log/0000000004.json"]
+    with cache.Writer(web.root, store.spec) as w:
+        r = dense_lab.rows(5, seed=77)
+        w.add("new", r.tokens, r)
+    web.trouble = lambda path, attempt, wanted: "flip" if "shard" in path else None
+    with pytest.raises(cache.CacheError):
+        store.refresh()
+    assert store.keys() == cache.open(local).keys()  # the view is as it was
+    web.trouble, count = lambda path, attempt, wanted: None, len(web.bytes)
+    for shard in old:
+        shard.rename(shard.with_suffix(".aside"))  # opening it again would be an error
+    assert store.refresh() == 1 and store.find(r.tokens) == ["new"]
+    assert not {shard.stem for shard in old} & {Path(path).stem for path, _ in web.bytes[count:]}
+    for shard in old:
+        shard.with_suffix(".aside").rename(shard)
+    same(store, web.root)
+
+
 def test_errors_that_pass_are_tried_again(web, local):
     """Every object fails first: 503, 500, a body cut in half."""
     web.trouble = lambda path, attempt, wanted: {1: 503, 2: "short", 3: 500}.get(attempt) if "shard" in path else None
@@ -200,6 +236,11 @@ def test_what_is_no_cache_is_refused(web, tmp_path):
     for body in (
         '{"shards": [{"name": "../../x", "bytes": 100}], "log": 1}',
         '{"shards": [{"name": "' + "a" * 32 + '", "bytes": 1e30}], "log": 1}',
+        '{"log": 1}',
+        '{"shards": [5], "log": 1}',
+        '{"shards": {"name": 1}, "log": []}',
+        '{"shards": [], "log": 1e999}',
+        '{"shards": [], "log": -3}',
         "[]",
         "x",
     ):
@@ -233,8 +274,6 @@ def s3():
 
 
 def test_s3_push_and_read(s3, local, dense_lab, tmp_path):
-    import shutil
-
     url = "s3://bucket/some/cache"
     grown = tmp_path / "grown"
     shutil.copytree(local, grown)

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +30,6 @@ NO_TORCH = "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'pyarrow'
 
 
 def write_cache(folder: Path, sequences: int = 3) -> None:
-    from types import SimpleNamespace
-
     from potstill import cache
 
     rng = np.random.default_rng(0)
@@ -92,7 +91,16 @@ def test_cache_tools_work_without_torch(tmp_path):
     good = potstill("verify", tmp_path / "cache", before=NO_TORCH)
     assert good.returncode == 0 and "3 sequences" in good.stdout, good.stderr
     assert potstill("recover", tmp_path / "cache", before=NO_TORCH).returncode == 0
-    commands = [["convert", "cache", "rows.safetensors"], ["convert", "rows.safetensors", "back"],
+    from potstill import cache
+
+    rows = np.zeros((9, 0))
+    with cache.Writer(tmp_path / "none", cache.Spec(100, 0, token_log_probs=True)) as writer:  # rows of no entries
+        top = SimpleNamespace(
+            ids=rows.astype(int), log_probs=rows, log_rest=np.zeros(9), token_log_probs=np.full(9, -1.5)
+        )
+        writer.add("x", np.arange(9), top)
+    commands = [["inspect", "none"], ["convert", "none", "none.jsonl"],
+                ["convert", "cache", "rows.safetensors"], ["convert", "rows.safetensors", "back"],
                 ["merge", "cache", "back", "both"], ["split", "both", "x", "y"], ["card", "both"]]  # fmt: skip
     code = f"import os, sys\n{NO_TORCH}\nos.chdir({str(tmp_path)!r})\nfrom potstill.cli import main\n"
     code += f"for c in {commands}: main.main(c, standalone_mode=False)\nmain(['verify', '--deep', 'both'])"

@@ -42,14 +42,14 @@ class Cache:
     """A cache open for reading; made by `potstill.cache.open`. Safe to share with forked and spawned
     workers and between threads. It sees the sequences that were committed when it was opened or refreshed."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._rust = _rust.Cache(self.path)
-        self.spec = Spec.from_json(self._rust.spec)
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = False) -> None:
+        self.path, self._mmap = os.fspath(path), mmap
+        self._rust = _rust.Cache(self.path, mmap)
+        self.spec = Spec.stored(self._rust.spec, self.path)
         self._by_hash: dict[int, list[str]] | None = None
 
-    def __reduce__(self) -> tuple[type[Cache], tuple[str]]:
-        return Cache, (os.path.abspath(self.path),)
+    def __reduce__(self) -> Any:
+        return _reopened, (os.path.abspath(self.path), self._mmap)
 
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, {len(self)} sequences, {self.num_tokens} tokens, k={self.spec.k})"
@@ -294,9 +294,11 @@ def token_hash(tokens: Any) -> int:
     return _rust.token_hash(int32(tokens, "tokens", 1))
 
 
-def open(path: str | os.PathLike[str], **remote: Any) -> Cache:
+def open(path: str | os.PathLike[str], *, mmap: bool = False, **remote: Any) -> Cache:
     """Opens a cache folder for reading, or a cache at a URL: s3://, gs://, az://, http(s):// (extra `remote`), file://.
 
+    mmap: shards are mapped into memory and decoded where they lie, which saves a copy; by default they are read. A
+        mapped file that somebody cuts short ends the process, so leave it where writers are not trusted.
     For a URL: folder (where fetched bytes are kept; a temporary one otherwise), options (for obstore's `from_url`:
     credentials, endpoint, client_options, retry_config), requests (how many at a time, 16), read_ahead (bytes that are
     fetched beyond a sequence when sequences are read in order, 8 MiB; 0 for none).
@@ -308,9 +310,15 @@ def open(path: str | os.PathLike[str], **remote: Any) -> Cache:
         from potstill.cache.remote import RemoteCache, local_path
 
         local = local_path(path)
+        if local is None and mmap:
+            raise TypeError(f"mmap is given for {path}, which is no local folder")
         if local is None:
             return RemoteCache(path, **remote)
         path = local
     if remote:
         raise TypeError(f"{', '.join(remote)} is given for {os.fspath(path)}, which is a local folder")
-    return Cache(path)
+    return Cache(path, mmap=mmap)
+
+
+def _reopened(path: str, mmap: bool) -> Cache:
+    return Cache(path, mmap=mmap)

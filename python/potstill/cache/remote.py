@@ -14,8 +14,9 @@ import re
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ class Mirror:
     def __init__(self, bucket: Bucket, root: Path, requests: int) -> None:
         self.bucket, self.root, self.requests = bucket, root, requests
         self.here: dict[str, list[Range]] = {}
+        self.shards: dict[str, int] = {}  # bytes of those that manifest and records name
+        self.opened: set[str] = set()
+        self.ends: dict[str, Range] = {}  # index and trailer of those
+        self.next = 0  # number of the first record that is not here
         self.lock = threading.Lock()
         self.pool: ThreadPoolExecutor | None = None
         self.process = os.getpid()
@@ -126,68 +131,77 @@ class Mirror:
         for name in ("log", "shards"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
-    def state(self) -> dict[str, int]:
-        """Fetches manifest and records; {name: bytes} of the shards they name."""
-        shards: dict[str, int] = {}
-        number = 0
-        data = self.bucket.small("manifest.json", "manifest")
-        if data is not None:
-            body = self._body(data, "manifest.json")
-            shards = {str(s["name"]): int(s["bytes"]) for s in body["shards"]}
-            number = int(body["log"])
+    def refresh(self) -> None:
+        """Fetches the manifest (once), the records that are not here yet, and header and index of new shards."""
+        if self.next == 0 and (data := self.bucket.small("manifest.json", "manifest")) is not None:
+            with self._understood("manifest.json"):
+                body = json.loads(data)["body"]
+                self.shards = {str(s["name"]): int(s["bytes"]) for s in body["shards"]}
+                self.next = int(body["log"])
             (self.root / "manifest.json").write_bytes(data)
-        first = number
-        while (data := self.bucket.small(f"log/{number:010d}.json", "record")) is not None:
-            body = self._body(data, f"log/{number:010d}.json")
-            if body.get("kind") == "shard":
-                shards[str(body["name"])] = int(body["bytes"])
-            elif body.get("kind") == "drop":
-                shards.pop(str(body.get("name")), None)
-            (self.root / "log" / f"{number:010d}.json").write_bytes(data)
-            number += 1
-        if number == first == 0:
+        while (data := self.bucket.small(f"log/{self.next:010d}.json", "record")) is not None:
+            with self._understood(f"log/{self.next:010d}.json"):
+                body = json.loads(data)["body"]
+                if body["kind"] == "shard":
+                    self.shards[str(body["name"])] = int(body["bytes"])
+                elif body["kind"] == "drop":
+                    self.shards.pop(str(body["name"]), None)
+            (self.root / "log" / f"{self.next:010d}.json").write_bytes(data)
+            self.next += 1
+        if self.next == 0:
             raise _rust.CacheError(f"{self.bucket.url}: there is no cache here (no manifest.json and no log)")
-        for name, size in shards.items():
+        for name, size in self.shards.items():
             if NAME.fullmatch(name) is None or not TRAILER < size <= LARGEST["shard"]:
                 raise _rust.CacheError(f"{self.bucket.url}: a shard {name!r} of {size} bytes is named")
-        return shards
+        new = {name: size for name, size in self.shards.items() if name not in self.opened}
+        with ThreadPoolExecutor(self.requests) as pool:
+            list(pool.map(self._open, new.items()))
 
-    def _body(self, data: bytes, file: str) -> dict[str, Any]:
+    @contextmanager
+    def _understood(self, file: str) -> Iterator[None]:
         try:
-            body = json.loads(data)["body"]
-            if not isinstance(body, dict):
-                raise TypeError(f"a {type(body).__name__} where an object belongs")
-            return body
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            yield
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise _rust.CacheError(f"{self.bucket.url}/{file} cannot be read: {first_line(error)}") from None
 
-    def open_shards(self, shards: dict[str, int]) -> None:
-        """Fetches header and index of every shard."""
+    def _open(self, shard: tuple[str, int]) -> None:
+        name, size = shard
+        path = self.path(name)
+        marks = path.with_suffix(".ranges")
+        if path.is_file() and path.stat().st_size == size and marks.is_file():
+            kept = [line.split() for line in marks.read_text().splitlines()]
+            self.here[name] = [(int(a), int(b)) for a, b in (k for k in kept if len(k) == 2)]
+        else:
+            path.unlink(missing_ok=True)
+            marks.unlink(missing_ok=True)
+            self.here[name] = []
+            with open(path, "wb") as file:
+                file.truncate(size)
+        self.get(name, 0, min(HEADER, size))
+        self.get(name, size - TRAILER, size)
+        with open(path, "rb") as file:
+            file.seek(size - TRAILER)
+            footer = int.from_bytes(file.read(8), "little")
+        if footer > min(LARGEST["footer"], size - TRAILER):
+            raise _rust.CacheError(f"{name}.shard, trailer: a footer of {footer} bytes in a file of {size}")
+        self.get(name, size - TRAILER - footer, size - TRAILER)
+        self.ends[name] = (size - TRAILER - footer, size)
+        self.opened.add(name)
 
-        def ends(item: tuple[str, int]) -> None:
-            name, size = item
-            path = self.path(name)
-            marks = path.with_suffix(".ranges")
-            if path.is_file() and path.stat().st_size == size and marks.is_file():
-                kept = [line.split() for line in marks.read_text().splitlines()]
-                self.here[name] = [(int(a), int(b)) for a, b in (k for k in kept if len(k) == 2)]
-            else:
-                path.unlink(missing_ok=True)
-                marks.unlink(missing_ok=True)
-                self.here[name] = []
-                with open(path, "wb") as file:
-                    file.truncate(size)
-            self.get(name, 0, min(HEADER, size))
-            self.get(name, size - TRAILER, size)
-            with open(path, "rb") as file:
-                file.seek(size - TRAILER)
-                footer = int.from_bytes(file.read(8), "little")
-            if footer > min(LARGEST["footer"], size - TRAILER):
-                raise _rust.CacheError(f"{name}.shard, trailer: a footer of {footer} bytes in a file of {size}")
-            self.get(name, size - TRAILER - footer, size - TRAILER)
-
-        with ThreadPoolExecutor(self.requests) as pool:
-            list(pool.map(ends, shards.items()))
+    def index(self, read: Callable[[], _rust.Cache]) -> _rust.Cache:
+        """What `read` makes of headers and indexes. Should it refuse, they and the records are fetched once more."""
+        for attempt in range(2):
+            shards, opened, number = dict(self.shards), set(self.opened), self.next
+            try:
+                self.refresh()
+                return read()
+            except _rust.CacheError:
+                for name in self.opened - opened:
+                    self.forget(name, [(0, HEADER), self.ends[name]])
+                self.shards, self.opened, self.next = shards, opened, number
+                if attempt:
+                    raise
+        raise AssertionError("two attempts")
 
     def path(self, name: str) -> Path:
         return self.root / "shards" / f"{name}.shard"
@@ -340,27 +354,26 @@ class RemoteCache(Cache):
         else:
             root = Path(folder) / hashlib.sha256(url.encode()).hexdigest()[:32]
         mirror = Mirror(Bucket(url, options), root, max(requests, 1))
-        mirror.open_shards(mirror.state())
-        self._fetching = Fetching(_rust.Cache(str(root)), mirror, read_ahead)
+        self._fetching = Fetching(mirror.index(lambda: _rust.Cache(str(root))), mirror, read_ahead)
         self._rust = self._fetching  # type: ignore[assignment]
         self._by_hash = None
-        self.spec = Spec.from_json(self._rust.spec)
+        self.spec = Spec.stored(self._rust.spec, url)
 
     def __reduce__(self) -> Any:
         return _open, (self.path, self._arguments)
 
     def refresh(self) -> int:
-        """Takes in what was pushed since the cache was opened; the number of new sequences."""
+        """Takes in what was pushed since the cache was opened, fetching new records and shards alone; the number of new
+        sequences. Damage raises CacheError and leaves the view as it was."""
         before, old = len(self), self._fetching
-        old._mirror.open_shards(old._mirror.state())
-        self._fetching = Fetching(_rust.Cache(str(old._mirror.root)), old._mirror, old._read_ahead)
+        self._fetching = Fetching(old._mirror.index(old._rust.refreshed), old._mirror, old._read_ahead)
         self._rust, self._by_hash = self._fetching, None  # type: ignore[assignment]
         return len(self) - before
 
     def verify(self) -> Report:
         """Fetches every byte and checks every row; raises nothing for damage, OSError for what the store refuses."""
         mirror = self._fetching._mirror
-        for future in mirror.start({name: [(0, mirror.path(name).stat().st_size)] for name in mirror.here}):
+        for future in mirror.start({name: [(0, mirror.shards[name])] for name in mirror.opened & mirror.shards.keys()}):
             future.result()
         return verify_cache(mirror.root)
 

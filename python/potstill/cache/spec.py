@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from potstill._rust import CacheError
 from potstill.cache.columns import Column, normalised
 
 VALUES = ("1/8", "1/16", "1/32", "1/64", "bf16_logits", "fp16", "fp32", "plain")
@@ -136,6 +137,14 @@ class Spec:
         if self.codec < 2:
             del stored["codec"]
         return json.dumps(stored, allow_nan=False)
+
+    @classmethod
+    def stored(cls, text: str, where: object) -> Spec:
+        """`from_json` of a cache's own spec, which a stranger may have written: CacheError for what no Spec is."""
+        try:
+            return cls.from_json(text)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CacheError(f"the spec of {where} cannot be read: {error}") from None
 
     @classmethod
     def from_json(cls, text: str) -> Spec:

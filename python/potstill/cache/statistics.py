@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from potstill.cache.buffers import Buffers
 from potstill.cache.reader import Cache, open
 
 Column = NDArray[np.float64]
+ENTRIES = 1 << 22  # of one sequence that are looked at
 
 
 def spread_keys(cache: Cache, rows: int) -> list[str]:
@@ -20,6 +22,15 @@ def spread_keys(cache: Cache, rows: int) -> list[str]:
     mean = max(cache.num_tokens / max(len(keys), 1), 1)
     step = max(len(keys) / max(rows / mean, 1), 1)
     return [keys[int(i * step)] for i in range(int(np.ceil(len(keys) / step))) if int(i * step) < len(keys)]
+
+
+def leading(cache: Cache, key: str, rows: int | None = None) -> tuple[NDArray[np.int32], Buffers]:
+    """Tokens and rows of a sequence, or the first of them: no more than ENTRIES hold, whatever the index says."""
+    most = max(ENTRIES // max(cache.spec.k, 1), 1)
+    n = min(cache.length(key), most if rows is None else min(rows, most))
+    tokens, found = np.empty(n, np.int32), Buffers.empty(cache.spec, n)
+    cache.read(key, tokens, found)
+    return tokens, found
 
 
 def quantiles(values: Column) -> dict[str, float]:
@@ -38,13 +49,15 @@ def distributions(cache: Cache, rows: int = 8192) -> dict[str, Any]:
     seen = 0
     for key in spread_keys(cache, rows):
         if cache.spec.k == 0:
-            found_here = cache[key].topk.token_log_probs
-            assert found_here is not None
-            columns.setdefault("token_log_probs", []).append(found_here[found_here.isfinite()].double().numpy())
-            seen += len(found_here)
+            _, found_here = leading(cache, key)
+            assert found_here.extra is not None  # the realised tokens' alone
+            finite = found_here.extra[np.isfinite(found_here.extra)]
+            columns.setdefault("token_log_probs", []).append(finite.astype(np.float64))
+            seen += len(found_here.extra)
             continue
-        _, ids, log_probs, log_rest = cache.numpy(key)
-        lp, rest = log_probs.astype(np.float64), log_rest.astype(np.float64)
+        tokens, read = leading(cache, key)
+        ids = read.ids.reshape(len(tokens), -1)
+        lp, rest = read.log_probs.reshape(ids.shape).astype(np.float64), read.log_rest.astype(np.float64)
         p, q = np.exp(lp), np.exp(rest)
         with np.errstate(invalid="ignore"):
             entropy = -np.where(p > 0, p * lp, 0).sum(-1) - np.where(q > 0, q * rest, 0)
@@ -104,9 +117,11 @@ def fidelity(cache: Cache, reference: str | os.PathLike[str] | Cache, rows: int 
             raise ValueError(f"{store.path} has rows without entries (k = 0), which have no distribution to compare")
     kls, errors, rests, lost = [], [], [], 0
     for key in shared(spread_keys(cache, rows), truth):
-        tokens, *here = cache.numpy(key)
-        their_tokens, *there = truth.numpy(key)
-        if not np.array_equal(tokens, their_tokens):
+        if cache.length(key) == truth.length(key):
+            n = min(ENTRIES // max(cache.spec.k, truth.spec.k), cache.length(key))
+            (tokens, a), (their_tokens, b) = leading(cache, key, n), leading(truth, key, n)
+            here, there = ((x.ids.reshape(n, -1), x.log_probs.reshape(n, -1), x.log_rest) for x in (a, b))
+        if cache.length(key) != truth.length(key) or not np.array_equal(tokens, their_tokens):
             raise ValueError(f"sequence {key!r} has other tokens in {truth.path} than in {cache.path}")
         kl, error, missing = row_kl(*there, *here)
         with np.errstate(invalid="ignore"):

@@ -34,6 +34,14 @@ pub fn le_u64(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(word)
 }
 
+/// So many zero bytes; memory that is not to be had is a sentence, not the end of the process.
+pub fn zeroed(n: usize) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(n).map_err(|_| format!("there is no memory for its {n} bytes"))?;
+    bytes.resize(n, 0);
+    Ok(bytes)
+}
+
 /// Reads a byte slice front to back; running out of bytes is a sentence, never a panic.
 pub struct Cursor<'a> {
     rest: &'a [u8],

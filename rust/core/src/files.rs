@@ -5,13 +5,20 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::bytes::zeroed;
 use crate::error::{Error, Result};
+use crate::mapped::Mapped;
 
 /// Positioned reads of immutable bytes; a local file here, a remote object later.
 pub trait Source: Send + Sync {
     fn len(&self) -> u64;
 
     fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
+
+    /// Bytes that are in memory already; None where they must be read.
+    fn slice(&self, _offset: u64, _len: usize) -> Option<&[u8]> {
+        None
+    }
 
     fn is_empty(&self) -> bool {
         self.len() == 0
@@ -21,11 +28,17 @@ pub trait Source: Send + Sync {
 pub struct FileSource {
     file: File,
     len: u64,
+    mapped: Option<Mapped>,
 }
 
 impl Source for FileSource {
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn slice(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let from = usize::try_from(offset).ok()?;
+        self.mapped.as_ref()?.bytes().get(from..from.checked_add(len)?)
     }
 
     #[cfg(unix)]
@@ -53,7 +66,12 @@ impl FileSource {
         if !meta.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
-        Ok(FileSource { len: meta.len(), file })
+        Ok(FileSource { len: meta.len(), file, mapped: None })
+    }
+
+    /// The same bytes, as memory: a file that is cut short meanwhile ends the process.
+    pub fn mapped(self) -> io::Result<FileSource> {
+        Ok(FileSource { mapped: Some(Mapped::new(&self.file)?), ..self })
     }
 }
 
@@ -62,11 +80,16 @@ pub fn open_regular(path: &Path) -> io::Result<FileSource> {
     if fs::symlink_metadata(path)?.file_type().is_symlink() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a symbolic link, which a cache may not hold"));
     }
+    FileSource::from_file(careful().open(path)?)
+}
+
+// options under which no link is followed and no pipe blocks
+fn careful() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOFOLLOW | libc::O_NONBLOCK);
-    FileSource::from_file(options.open(path)?)
+    options
 }
 
 /// Reads a whole small file, refusing one above `limit` before allocating.
@@ -76,7 +99,7 @@ pub fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
         let what = format!("{} bytes, at most {limit} are accepted", source.len());
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
-    let mut bytes = vec![0; source.len() as usize];
+    let mut bytes = zeroed(source.len() as usize).map_err(|what| io::Error::new(io::ErrorKind::OutOfMemory, what))?;
     source.read_at(0, &mut bytes)?;
     Ok(bytes)
 }
@@ -119,7 +142,7 @@ pub fn create_locked(dir: &Path, suffix: &str) -> io::Result<(PathBuf, File)> {
 /// Locks a file whose process died; None when it is alive, or when the file system has no locks.
 pub fn lock_abandoned(path: &Path) -> Option<File> {
     open_regular(path).ok()?;
-    let file = File::options().read(true).write(true).open(path).ok()?;
+    let file = careful().write(true).open(path).ok()?;
     file.try_lock().ok().map(|()| file)
 }
 
@@ -191,6 +214,12 @@ pub fn check_dir(path: &Path) -> Result<()> {
         path: path.to_path_buf(),
         what: "a symbolic link or a file where a folder of the cache belongs".into(),
     })
+}
+
+/// `list` of a folder inside a cache, which must be none by a link.
+pub fn entries(path: &Path) -> Result<Vec<String>> {
+    check_dir(path)?;
+    list(path)
 }
 
 /// File names of a folder, sorted; names that are not UTF-8 are left out.

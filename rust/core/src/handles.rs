@@ -8,6 +8,8 @@ use crate::error::Result;
 use crate::files::FileSource;
 
 const OPEN_FILES: usize = 16;
+/// A map costs address space alone until it is read.
+const MAPPED_FILES: usize = 256;
 /// Memory for tables of different shards, in ids.
 const TABLE_IDS: usize = 1 << 24;
 
@@ -50,9 +52,12 @@ pub struct Handles {
 }
 
 impl Handles {
-    pub fn new(vocab_size: u32) -> Handles {
+    pub fn new(vocab_size: u32, mapped: bool) -> Handles {
         let tables = TABLE_IDS / vocab_size.max(1) as usize;
-        Handles { files: Recent::new(OPEN_FILES), codecs: Recent::new(tables.clamp(1, 64)) }
+        Handles {
+            files: Recent::new(if mapped { MAPPED_FILES } else { OPEN_FILES }),
+            codecs: Recent::new(tables.clamp(1, 64)),
+        }
     }
 }
 

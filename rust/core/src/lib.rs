@@ -13,6 +13,7 @@ pub mod files;
 pub mod format;
 mod handles;
 pub mod log;
+mod mapped;
 pub mod merge;
 mod owned;
 pub mod reader;

@@ -4,10 +4,12 @@
 //! checksum covers every byte before `,"xxh3"`.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 use crate::bytes::checksum;
@@ -19,12 +21,15 @@ use crate::spec::Spec;
 
 const MAX_RECORD: u64 = 2 << 20;
 const MAX_MANIFEST: u64 = 256 << 20;
+/// A record's number has 10 decimal digits.
+const MAX_RECORDS: u64 = 10_000_000_000;
 pub const MANIFEST: &str = "manifest.json";
 
 #[derive(Deserialize)]
 struct Envelope<'a> {
     potstill: String,
     version: (u16, u16),
+    #[serde(deserialize_with = "few_names")]
     required: Vec<String>,
     #[serde(borrow)]
     body: &'a RawValue,
@@ -32,6 +37,7 @@ struct Envelope<'a> {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardEntry {
+    #[serde(deserialize_with = "shard_name")]
     pub name: String,
     pub bytes: u64,
     pub sequences: u64,
@@ -55,7 +61,49 @@ struct Manifest {
     log: u64,
     spec: String,
     shards: Vec<ShardEntry>,
+    #[serde(deserialize_with = "shard_names")]
     dropped: Vec<String>,
+}
+
+fn shard_name<'de, D: Deserializer<'de>>(file: D) -> std::result::Result<String, D::Error> {
+    let name = String::deserialize(file)?;
+    check_shard_name(&name).map_err(D::Error::custom)?;
+    Ok(name)
+}
+
+/// Names of features; a file that lists more than anyone will ever define is refused before it fills memory.
+fn few_names<'de, D: Deserializer<'de>>(file: D) -> std::result::Result<Vec<String>, D::Error> {
+    file.deserialize_seq(Names { most: 256, check: |_| Ok(()) })
+}
+
+/// Names of shards, each judged as it is read: a list of short strings would take many times its bytes in memory.
+fn shard_names<'de, D: Deserializer<'de>>(file: D) -> std::result::Result<Vec<String>, D::Error> {
+    file.deserialize_seq(Names { most: usize::MAX, check: check_shard_name })
+}
+
+struct Names {
+    most: usize,
+    check: fn(&str) -> std::result::Result<(), String>,
+}
+
+impl<'de> Visitor<'de> for Names {
+    type Value = Vec<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of names")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<Vec<String>, A::Error> {
+        let mut names = Vec::new();
+        while let Some(name) = list.next_element::<String>()? {
+            (self.check)(&name).map_err(A::Error::custom)?;
+            if names.len() == self.most {
+                return Err(A::Error::custom(format!("more than {} names", self.most)));
+            }
+            names.push(name);
+        }
+        Ok(names)
+    }
 }
 
 /// What log and manifest together say.
@@ -120,15 +168,14 @@ fn unseal<'a>(kind: &str, bytes: &'a [u8], file: &str) -> Result<&'a RawValue> {
     }
 }
 
-fn check_entry(entry: &ShardEntry, file: &str) -> Result<()> {
-    check_shard_name(&entry.name).map_err(|e| Error::damaged(file, Part::File, e))
-}
-
 impl State {
     /// Reads manifest and log; None where there is no cache.
     pub fn load(root: &Path) -> Result<Option<State>> {
         let mut state = match Self::from_manifest(root)? {
-            Some(state) => state,
+            Some(state) => {
+                files::check_dir(&log_dir(root))?;
+                state
+            }
             None => match Self::from_first_record(root)? {
                 Some(state) => state,
                 None => return Ok(None),
@@ -154,17 +201,13 @@ impl State {
         let manifest: Manifest =
             serde_json::from_str(unseal("manifest", &bytes, MANIFEST)?.get()).map_err(|e| damaged(e.to_string()))?;
         let mut state = State::new(&manifest.spec, MANIFEST)?;
-        if manifest.log == 0 {
-            return Err(damaged("it covers no record".to_string()));
+        if !(1..=MAX_RECORDS).contains(&manifest.log) {
+            return Err(damaged(format!("it covers {} records, 1 to {MAX_RECORDS} are accepted", manifest.log)));
         }
         for entry in &manifest.shards {
-            check_entry(entry, MANIFEST)?;
             if !state.names.insert(entry.name.clone()) {
                 return Err(damaged(format!("shard {} is listed twice", entry.name)));
             }
-        }
-        for name in &manifest.dropped {
-            check_shard_name(name).map_err(damaged)?;
         }
         state.shards = manifest.shards;
         state.dropped = manifest.dropped.into_iter().collect();
@@ -196,7 +239,7 @@ impl State {
 
     /// A number above the next one means that a record was lost.
     pub fn gap(&self, root: &Path) -> Result<Option<u64>> {
-        let last = files::list(&log_dir(root))?.iter().filter_map(|f| record_number(f)).max();
+        let last = files::entries(&log_dir(root))?.iter().filter_map(|f| record_number(f)).max();
         let present = log_dir(root).join(record_file(self.next)).exists(); // written since the last refresh
         Ok(last.filter(|n| *n >= self.next && !present).map(|_| self.next))
     }
@@ -207,7 +250,6 @@ impl State {
         match record {
             Record::Spec { .. } => return Err(Error::damaged(&file, Part::File, "a second spec")),
             Record::Shard(entry) => {
-                check_entry(&entry, &file)?;
                 // two writers with the same work commit the same shard: once is enough
                 if self.names.insert(entry.name.clone()) {
                     self.dropped.remove(&entry.name);
@@ -238,7 +280,7 @@ impl State {
     /// Shard files that no record names: a writer died, or has not finished, between rename and record.
     pub fn orphans(&self, root: &Path) -> Result<Vec<String>> {
         let mut names = Vec::new();
-        for file in files::list(&shards_dir(root))? {
+        for file in files::entries(&shards_dir(root))? {
             if let Some(name) = file.strip_suffix(".shard") {
                 if check_shard_name(name).is_ok() && !self.names.contains(name) && !self.dropped.contains(name) {
                     names.push(name.to_string());

@@ -33,6 +33,7 @@ pub struct Reader {
     pub places: Vec<Place>,
     index: HashMap<String, usize>,
     tokens: u64,
+    mapped: bool,
     handles: Handles,
 }
 
@@ -45,15 +46,20 @@ pub struct Wanted<'a> {
 
 impl Reader {
     pub fn open(root: &Path) -> Result<Reader> {
-        Self::with(root, &[])
+        Self::with(root, &[], false)
+    }
+
+    /// A reader that maps shards into memory instead of reading them: blocks are decoded where they lie.
+    pub fn open_mapped(root: &Path) -> Result<Reader> {
+        Self::with(root, &[], true)
     }
 
     /// The cache as it is now. Shards that this reader has open are not opened again.
     pub fn refreshed(&self) -> Result<Reader> {
-        Self::with(&self.root, &self.shards)
+        Self::with(&self.root, &self.shards, self.mapped)
     }
 
-    fn with(root: &Path, known: &[Arc<Shard>]) -> Result<Reader> {
+    fn with(root: &Path, known: &[Arc<Shard>], mapped: bool) -> Result<Reader> {
         let state = State::load(root)?.ok_or_else(|| Error::Folder {
             path: root.to_path_buf(),
             what: "there is no cache here (no manifest.json and no log)".into(),
@@ -65,12 +71,13 @@ impl Reader {
         files::check_dir(&shards_dir(root))?;
         let mut reader = Reader {
             root: root.to_path_buf(),
-            handles: Handles::new(state.spec.vocab_size),
+            handles: Handles::new(state.spec.vocab_size, mapped),
             spec: state.spec,
             shards: Vec::with_capacity(state.shards.len()),
             places: Vec::new(),
             index: HashMap::new(),
             tokens: 0,
+            mapped,
         };
         // a shard says which spec it was written for
         let known = known.iter().filter(|s| s.header.spec_hash == reader.spec.hash);
@@ -188,7 +195,9 @@ impl Reader {
     fn source(&self, shard: usize) -> Result<Arc<FileSource>> {
         self.handles.files.get(shard, || {
             let path = shards_dir(&self.root).join(shard_file(&self.shards[shard].name));
-            files::open_regular(&path).map(Arc::new).map_err(Error::io("open", &path))
+            let source = files::open_regular(&path);
+            let source = if self.mapped { source.and_then(FileSource::mapped) } else { source };
+            source.map(Arc::new).map_err(Error::io("open", &path))
         })
     }
 

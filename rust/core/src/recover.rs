@@ -114,7 +114,7 @@ fn repair_log(root: &Path, aside: &Path, lost: &mut Vec<String>) -> Result<Strin
             None
         }
     };
-    let numbers: Vec<u64> = files::list(&log_dir(root))?.iter().filter_map(|f| record_number(f)).collect();
+    let numbers: Vec<u64> = files::entries(&log_dir(root))?.iter().filter_map(|f| record_number(f)).collect();
     let mut good = Vec::new();
     let mut whole = true;
     for n in numbers {

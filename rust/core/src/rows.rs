@@ -109,6 +109,9 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Largest vocabulary of which a bit for each id is kept, 2 MiB; repeats in a larger one are found by sorting.
+const MOST_SEEN: u32 = 1 << 24;
+
 /// Checks rows and counts their entries; keeps one bit per vocabulary id between calls.
 pub struct Checker {
     vocab_size: u32,
@@ -126,7 +129,7 @@ impl Checker {
             max_k: spec.k as usize,
             max_mass: 1.0 + TOLERANCE,
             layout: spec.layout,
-            seen: vec![0; (spec.vocab_size as usize).div_ceil(64)],
+            seen: vec![0; if spec.vocab_size <= MOST_SEEN { spec.vocab_size.div_ceil(64) as usize } else { 0 }],
         }
     }
 
@@ -260,6 +263,9 @@ impl Checker {
 
     #[inline(always)]
     fn check_duplicates(&mut self, ids: &[i32]) -> std::result::Result<(), String> {
+        if self.seen.is_empty() {
+            return check_sorted(ids);
+        }
         let (mut twice, seen) = (false, self.seen.as_mut_slice());
         for id in ids {
             let (word, bit) = (&mut seen[*id as usize / 64], 1u64 << (*id as usize % 64));
@@ -272,8 +278,22 @@ impl Checker {
         if !twice {
             return Ok(());
         }
-        let j = (1..ids.len()).find(|j| ids[..*j].contains(&ids[*j])).unwrap_or(0);
-        Err(format!("entry {j} repeats id {}", ids[j]))
+        Err(repeated(ids))
+    }
+}
+
+fn repeated(ids: &[i32]) -> String {
+    let j = (1..ids.len()).find(|j| ids[..*j].contains(&ids[*j])).unwrap_or(0);
+    format!("entry {j} repeats id {}", ids[j])
+}
+
+#[cold]
+fn check_sorted(ids: &[i32]) -> std::result::Result<(), String> {
+    let mut sorted = ids.to_vec();
+    sorted.sort_unstable();
+    match sorted.windows(2).any(|w| w[0] == w[1]) {
+        true => Err(repeated(ids)),
+        false => Ok(()),
     }
 }
 

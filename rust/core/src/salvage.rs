@@ -38,11 +38,11 @@ pub fn salvage_dead(writer: &mut Writer) -> Result<Salvage> {
     let mut salvage = Salvage::default();
     let dir = open_dir(writer.root());
     let mut done = Vec::new();
-    for name in files::list(&dir)?.iter().filter(|n| n.ends_with(SMALL)) {
+    for name in files::entries(&dir)?.iter().filter(|n| n.ends_with(SMALL)) {
         let path = dir.join(name);
         done.extend(files::lock_abandoned(&path).map(|lock| (path, lock)));
     }
-    for name in files::list(&dir)?.iter().filter(|n| n.ends_with(OPEN)) {
+    for name in files::entries(&dir)?.iter().filter(|n| n.ends_with(OPEN)) {
         let path = dir.join(name);
         let Some(file) = files::lock_abandoned(&path) else { continue };
         let copy = file.try_clone().map_err(Error::io("open", &path))?;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::bytes::zeroed;
 use crate::codec::dense::{Dense, Params, Tables};
 use crate::codec::{Codec, Declared};
 use crate::error::{Error, Part, Result};
@@ -46,7 +47,7 @@ pub fn read_tables(source: &dyn Source, offset: u64, params: &Params) -> std::re
     if params.tables_len as u64 > room {
         return Err(format!("{} bytes of tables, the file has {room} for them", params.tables_len));
     }
-    let mut bytes = vec![0u8; params.tables_len];
+    let mut bytes = zeroed(params.tables_len)?;
     read(source, offset, &mut bytes)?;
     let tables = Tables::decode(&bytes, params.layout)?;
     if tables.sum != params.tables_sum || tables.trained != params.trained {
@@ -93,7 +94,7 @@ impl Shard {
         let footer_len =
             footer::decode_trailer(&tail, len, start + tables).map_err(|e| Error::damaged(&file, Part::Trailer, e))?;
         let footer_at = end - footer_len as u64;
-        let mut bytes = vec![0u8; footer_len];
+        let mut bytes = zeroed(footer_len).map_err(|e| Error::damaged(&file, Part::Footer, e))?;
         read(source, footer_at, &mut bytes).map_err(|e| Error::damaged(&file, Part::Footer, e))?;
         let footer = Footer::decode(&bytes, footer_at - (start + tables) as u64)
             .map_err(|e| Error::damaged(&file, Part::Footer, e))?;
@@ -139,13 +140,19 @@ impl Shard {
         Ok(())
     }
 
-    /// Reads block `n` into `scratch` and checks it against its own checksum and against the index.
-    pub fn block<'a>(&self, source: &dyn Source, n: usize, scratch: &'a mut Vec<u8>) -> Result<Block<'a>> {
+    /// Reads block `n`, into `scratch` unless it is in memory, and checks it against its own checksum and against the index.
+    pub fn block<'a>(&self, source: &'a dyn Source, n: usize, scratch: &'a mut Vec<u8>) -> Result<Block<'a>> {
         let damaged = |what: String| Error::damaged(&shard_file(&self.name), Part::Block(n as u32), what);
         let entry = &self.footer.blocks[n];
-        scratch.resize(entry.len as usize, 0);
-        read(source, self.offsets[n], scratch).map_err(damaged)?;
-        let block = block::decode(scratch).map_err(damaged)?;
+        let bytes = match source.slice(self.offsets[n], entry.len as usize) {
+            Some(bytes) => bytes,
+            None => {
+                scratch.resize(entry.len as usize, 0);
+                read(source, self.offsets[n], scratch).map_err(damaged)?;
+                scratch
+            }
+        };
+        let block = block::decode(bytes).map_err(damaged)?;
         let head = &block.head;
         if block.sum != entry.sum {
             return Err(damaged("the block is whole but not the one the index names".to_string()));

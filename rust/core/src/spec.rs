@@ -1,5 +1,9 @@
 //! The spec of a cache: a JSON object, the same for every shard, bound to each by its SHA-256.
 
+use std::fmt;
+
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -36,6 +40,41 @@ pub fn sha256(parts: &[&[u8]]) -> [u8; 32] {
 
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Members of an object, each of another name: of two that are called alike readers may choose either.
+struct Members(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Members {
+    fn deserialize<D: Deserializer<'de>>(text: D) -> Result<Members, D::Error> {
+        text.deserialize_map(Each)
+    }
+}
+
+struct Each;
+
+impl<'de> Visitor<'de> for Each {
+    type Value = Members;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+        let mut members = Map::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if members.contains_key(&name) {
+                return Err(A::Error::custom(format!("{name:?} stands there twice")));
+            }
+            members.insert(name, map.next_value()?);
+        }
+        Ok(Members(members))
+    }
+}
+
+fn fields(text: &str) -> Result<Map<String, Value>, String> {
+    let members: Members = serde_json::from_str(text).map_err(|e| format!("the spec cannot be read: {e}"))?;
+    Ok(members.0)
 }
 
 fn number(fields: &Map<String, Value>, name: &str, least: u64, max: u64) -> Result<u32, String> {
@@ -111,8 +150,7 @@ impl Spec {
         if text.len() > MAX_TEXT {
             return Err(format!("the spec has {} bytes, at most {MAX_TEXT} are accepted", text.len()));
         }
-        let fields: Map<String, Value> =
-            serde_json::from_str(text).map_err(|e| format!("the spec is not a JSON object: {e}"))?;
+        let fields = fields(text)?;
         let vocab_size = number(&fields, "vocab_size", 1, MAX_VOCAB)?;
         let k = number(&fields, "k", 0, MAX_K)?;
         if k > vocab_size {
@@ -125,8 +163,7 @@ impl Spec {
 
     /// A spec given by a caller: stored with sorted names and no spaces.
     pub fn from_caller(text: &str) -> Result<Spec, String> {
-        let fields: Map<String, Value> =
-            serde_json::from_str(text).map_err(|e| format!("the spec is not a JSON object: {e}"))?;
+        let fields = fields(text)?;
         let text = serde_json::to_string(&fields).map_err(|e| format!("the spec cannot be written as JSON: {e}"))?;
         Spec::from_stored(&text)
     }
@@ -166,9 +203,14 @@ mod tests {
 
     #[test]
     fn refuses_impossible_sizes() {
-        for text in
-            ["[]", "{}", r#"{"vocab_size":0,"k":1}"#, r#"{"vocab_size":8,"k":9}"#, r#"{"vocab_size":1e9,"k":1}"#]
-        {
+        for text in [
+            "[]",
+            "{}",
+            r#"{"vocab_size":8,"k":1,"k":2}"#,
+            r#"{"vocab_size":0,"k":1}"#,
+            r#"{"vocab_size":8,"k":9}"#,
+            r#"{"vocab_size":1e9,"k":1}"#,
+        ] {
             assert!(Spec::from_stored(text).is_err(), "{text}");
         }
         let without_entries = |more: &str| Spec::from_stored(&format!(r#"{{"vocab_size":8,"k":0{more}}}"#));

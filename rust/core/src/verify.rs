@@ -15,8 +15,8 @@ use crate::columns::{self, Column};
 use crate::error::{Error, Part, Result};
 use crate::files::{self, Source, OPEN};
 use crate::format::block::{Block, KIND_OPTIONAL, KIND_ROWS};
-use crate::format::name::shard_file;
-use crate::log::{self, open_dir, shards_dir, State};
+use crate::format::name::{record_number, shard_file};
+use crate::log::{self, log_dir, open_dir, shards_dir, State};
 use crate::owned::OwnedRows;
 use crate::reader::Reader;
 use crate::rows::Checker;
@@ -69,7 +69,8 @@ pub fn verify(root: &Path, deep: bool) -> Report {
 }
 
 fn verify_state(root: &Path, state: &State, deep: bool, report: &mut Report) {
-    for number in 0..state.compacted {
+    let records = files::entries(&log_dir(root)).unwrap_or_default(); // that it cannot be listed is told below
+    for number in records.iter().filter_map(|file| record_number(file)).filter(|n| *n < state.compacted) {
         if let Err(e) = log::read_record(root, number) {
             report.problems.push(problem(&e, "log"));
         }
@@ -83,7 +84,7 @@ fn verify_state(root: &Path, state: &State, deep: bool, report: &mut Report) {
         Err(e) => report.problems.push(problem(&e, "log")),
     }
     report.open_shards =
-        files::list(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count() as u64);
+        files::entries(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count() as u64);
     if let Err(e) = files::check_dir(&shards_dir(root)) {
         report.problems.push(problem(&e, "shards"));
         return;
@@ -255,7 +256,7 @@ pub fn inspect(root: &Path) -> Result<Value> {
     let stored = spec.get("columns").and_then(Value::as_array).map_or(&[] as &[Value], Vec::as_slice);
     let columns: Vec<Value> =
         stored.iter().enumerate().map(|(n, column)| column_summary(column, n, &reader.shards)).collect();
-    let open = files::list(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count());
+    let open = files::entries(&open_dir(root)).map_or(0, |names| names.iter().filter(|n| n.ends_with(OPEN)).count());
     let per_token = |total: u64| if rows == 0 { 0.0 } else { total as f64 / rows as f64 };
     Ok(json!({
         "path": root.display().to_string(),

@@ -17,8 +17,10 @@ pub struct Cache {
 #[pymethods]
 impl Cache {
     #[new]
-    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(Cache { inner: py.detach(|| Reader::open(&path)).map_err(|e| to_python(py, e))? })
+    #[pyo3(signature = (path, mapped=false))]
+    fn new(py: Python<'_>, path: PathBuf, mapped: bool) -> PyResult<Self> {
+        let open = || if mapped { Reader::open_mapped(&path) } else { Reader::open(&path) };
+        Ok(Cache { inner: py.detach(open).map_err(|e| to_python(py, e))? })
     }
 
     /// The cache as it is now; only shards that are new are opened.

@@ -19,7 +19,7 @@ ERRORS = {"plain": "2^-11 of each log-probability", "bf16_logits": "none: the te
 
 def clean(text: Any) -> str:
     """Free text for a table cell: one line, no markup that could break out of it."""
-    line = re.sub(r"[\x00-\x1f\x7f]+", " ", str(text))
+    line = "".join(c if c.isprintable() else " " for c in str(text))  # direction marks would reorder the page
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", line).strip()
 
 

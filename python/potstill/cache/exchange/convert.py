@@ -107,7 +107,7 @@ def fill(
         vocab_size = given.get("vocab_size")
         if vocab_size is None:
             raise ValueError(f"{source} does not say how large the vocabulary is; give --vocab-size")
-        found = Spec(vocab_size, given["k"] if "k" in given else int(first.ids.shape[1]))
+        found = spec_of_rows(first, vocab_size, given.get("k"))
     spec = replace(found, **given)
     tokens = count = 0
     with staged(target) as path:
@@ -115,10 +115,33 @@ def fill(
             if rounded:
                 writer.take_stored()
             for s in chain(first, sequences):
-                if not writer.add(s.key, s.tokens, s):
+                if not writer.add(s.key, s.tokens, without_entries(s) if spec.k == 0 else s):
                     raise ValueError(f"{source} holds sequence {s.key!r} twice")
                 tokens, count = tokens + len(s.tokens), count + 1
     return {"sequences": count, "tokens": tokens}
+
+
+def spec_of_rows(first: Sequence, vocab_size: int, k: int | None) -> Spec:
+    """The spec of a file that carries none: k as wide as its first rows, and the columns that they have."""
+    realised = first.token_log_probs is not None
+    width = int(first.ids.shape[1]) if (first.ids >= 0).any() or not realised else 0
+    return Spec(
+        vocab_size,
+        width if k is None else k,
+        temperatures=(1.0, *first.log_rest_at),
+        sampled=first.counts is not None,
+        token_log_probs=realised,
+    )
+
+
+def without_entries(s: Sequence) -> Sequence:
+    """Rows of k = 0, which tables hold as empty lists. Raises ValueError where there are entries all the same."""
+    if (s.ids >= 0).any():
+        raise ValueError(
+            f"sequence {s.key!r} has {int(s.entries.max())} entries in a row, but k = 0 keeps the realised tokens' "
+            "log-probabilities alone; give --k"
+        )
+    return replace(s, ids=s.ids[:, :0], log_probs=s.log_probs[:, :0])
 
 
 def chain(first: Sequence, others: Iterator[Sequence]) -> Iterator[Sequence]:

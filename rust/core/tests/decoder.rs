@@ -1,0 +1,166 @@
+//! The decoders over whole, cut and damaged bytes in memory: small enough for `cargo miri test --test decoder`, which
+//! tells of every read outside its bounds (`make miri`; no file is opened).
+
+use std::sync::Arc;
+
+use potstill_core::codec::dense::{train, Coded, Dense, Layout, Tables, Values};
+use potstill_core::codec::plain::Plain;
+use potstill_core::codec::{Codec, Shape};
+use potstill_core::format::{block, footer, header};
+use potstill_core::{Rows, RowsMut};
+
+const VOCAB: u32 = 300;
+/// Entries of a row, above the 32 that are decoded at once.
+const K: usize = 37;
+const ROWS: usize = 3;
+
+struct Given {
+    tokens: Vec<i32>,
+    counts: Vec<u16>,
+    ids: Vec<i32>,
+    log_probs: Vec<f32>,
+}
+
+// ties, gaps that need an escape, and with `ragged` rows of few entries and of none
+fn given(ragged: bool) -> Given {
+    let (mut seed, mut made) = (7u32, Given { tokens: vec![], counts: vec![], ids: vec![], log_probs: vec![] });
+    let mut next = |n: usize| {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) as usize % n
+    };
+    for row in 0..ROWS {
+        let count = if ragged { [K, 5, 0][row % 3] } else { K };
+        let (start, mut top) = (next(VOCAB as usize), -3.0f32);
+        for entry in 0..K {
+            top -= [0.0, 0.0, 0.1, 0.0, 0.3, 9.0][next(6)];
+            made.ids.push(if entry < count { ((start + 7 * entry) % VOCAB as usize) as i32 } else { -1 });
+            made.log_probs.push(if entry < count { top } else { f32::NEG_INFINITY });
+        }
+        made.counts.push(count as u16);
+        let before = if row > 0 { made.ids[(row - 1) * K + 1] } else { -1 };
+        made.tokens.push(if before >= 0 { before } else { next(400) as i32 });
+    }
+    made
+}
+
+impl Given {
+    fn rows(&self) -> Rows<'_> {
+        Rows {
+            k: K,
+            tokens: &self.tokens,
+            ids: &self.ids,
+            log_probs: &self.log_probs,
+            log_rest: &[-1.5; ROWS],
+            ..Rows::default()
+        }
+    }
+
+    fn shape(&self) -> Shape {
+        Shape { rows: ROWS, entries: self.counts.iter().map(|c| usize::from(*c)).sum() }
+    }
+}
+
+fn decode(codec: &Codec, payload: &[u8], shape: Shape, rows: usize) -> Option<(Vec<i32>, Vec<i32>)> {
+    let (mut tokens, mut ids) = (vec![-9; rows], vec![-9; rows * K]);
+    let (mut log_probs, mut log_rest) = (vec![f32::NAN; rows * K], vec![f32::NAN; rows]);
+    let out = RowsMut { ids: &mut ids, log_probs: &mut log_probs, log_rest: &mut log_rest, ..RowsMut::default() };
+    codec.decode(payload, shape, out, Some(&mut tokens)).ok()?;
+    assert!(ids.iter().all(|id| (-1..VOCAB as i32).contains(id)) && tokens.iter().all(|t| *t >= 0));
+    assert!(log_probs.iter().all(|lp| *lp <= 0.0));
+    Some((tokens, ids))
+}
+
+// whole, in part, cut and with flipped bits
+fn exercise(codec: &Codec, payload: &[u8], given: &Given) {
+    let (shape, sorted) = (given.shape(), |ids: &[i32]| {
+        let mut ids = ids.to_vec();
+        ids.sort_unstable();
+        ids
+    });
+    for rows in [ROWS, 1] {
+        let (tokens, ids) = decode(codec, payload, shape, rows).expect("the rows");
+        assert_eq!(tokens, given.tokens[..rows]);
+        for (row, want) in ids.chunks(K).zip(given.ids.chunks(K)) {
+            assert_eq!(sorted(row), sorted(want));
+        }
+    }
+    let (cuts, flips) = if cfg!(miri) { (29, 23) } else { (1, 1) };
+    for end in (0..payload.len()).step_by(cuts) {
+        assert!(decode(codec, &payload[..end], shape, ROWS).is_none(), "{end} bytes");
+    }
+    for at in (0..payload.len()).step_by(flips) {
+        let mut changed = payload.to_vec();
+        changed[at] ^= 1 << (at % 8);
+        decode(codec, &changed, shape, ROWS);
+        let _ = codec.decode_tokens(&changed, shape, &mut [0; ROWS]);
+    }
+}
+
+#[test]
+fn dense_payloads() {
+    let values = [Values::Shifted { per_nat: 16 }, Values::Grid { per_nat: 8 }, Values::Fp16, Values::Fp32];
+    for (values, ragged) in values.into_iter().flat_map(|v| [(v, false), (v, true)]) {
+        let codec = if let Values::Shifted { .. } = values { 2 } else { 1 };
+        let layout = Layout { codec, values, vocab_size: VOCAB, k: K as u32, extra: 0, sampled: false };
+        let given = given(ragged);
+        let coded = Coded::new(&layout, &given.rows(), &given.counts).expect("codes");
+        let mut codecs = vec![Dense::new(layout)];
+        if !ragged {
+            let tables = train(layout, &vec![coded.clone(); 4096 / coded.ids.len() + 1]).expect("tables");
+            let tables = Tables::decode(&tables.bytes, layout).expect("tables");
+            let mut cut = tables.bytes.clone();
+            cut.truncate(cut.len() / 2);
+            assert!(Tables::decode(&cut, layout).is_err());
+            codecs.push(Dense { layout, tables: Arc::new(tables) });
+        }
+        for dense in codecs {
+            let mut payload = Vec::new();
+            dense.encode(&coded, 0, ROWS, 0, &mut payload);
+            exercise(&Codec::Dense(dense), &payload, &given);
+        }
+    }
+}
+
+#[test]
+fn plain_payloads() {
+    for ragged in [false, true] {
+        let (given, plain) = (given(ragged), Plain::new(VOCAB, K as u32));
+        let mut payload = Vec::new();
+        plain.encode(&given.rows(), &given.counts, &mut payload);
+        exercise(&Codec::Plain(plain), &payload, &given);
+    }
+}
+
+/// Header, index and block of lengths and counts that nobody wrote.
+#[test]
+fn structures_of_any_bytes() {
+    let mut seed = 1u32;
+    for len in [0usize, 7, 8, 31, 32, 40, 88, 160] {
+        for round in 0..if cfg!(miri) { 3 } else { 300 } {
+            let mut bytes: Vec<u8> = (0..len)
+                .map(|_| {
+                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    if round % 2 == 0 {
+                        (seed >> 24) as u8 & 3
+                    } else {
+                        (seed >> 24) as u8
+                    }
+                })
+                .collect();
+            let magics: [&[u8]; 3] = [&block::MAGIC, &footer::MAGIC, &header::MAGIC];
+            for magic in magics {
+                if len >= 40 {
+                    bytes[..magic.len()].copy_from_slice(magic);
+                    let sum = potstill_core::bytes::checksum(&bytes[..len - 8]).to_le_bytes();
+                    bytes[len - 8..].copy_from_slice(&sum);
+                }
+                let _ = block::decode(&bytes);
+                let _ = footer::Footer::decode(&bytes, 64);
+                if header::length(&bytes).is_ok_and(|n| n == len) {
+                    let _ = header::decode(&bytes);
+                }
+                let _ = footer::decode_trailer(&bytes, 4096, 88);
+            }
+        }
+    }
+}
