@@ -297,3 +297,9 @@ def test_fidelity_falls_with_k_and_step():
     steps = [r for r in found if r["case"] != "k and tail"]
     assert [r["stored_kl"] for r in steps] == sorted((r["stored_kl"] for r in steps), reverse=True)
     assert "gradient error, bucket" in fidelity_tables({"fidelity": found})
+
+
+def test_a_section_of_two_kinds_of_rows_is_one_table(tmp_path):
+    run.write_csv(tmp_path / "x.csv", [{"case": "a", "k": 1}, {"case": "b", "largest_error": 0.5}])
+    rows = list(csv.DictReader(open(tmp_path / "x.csv")))
+    assert rows == [{"case": "a", "k": "1", "largest_error": ""}, {"case": "b", "k": "", "largest_error": "0.5"}]

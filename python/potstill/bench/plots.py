@@ -200,7 +200,8 @@ def gpu(figure: Any, found: Row) -> bool:
         for label, r in zip(axes.get_yticklabels(), lines_, strict=True):
             label.set_fontweight("normal" if "over_floor" in r else "bold")
         axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
-        axes.margins(x=0.1, y=0.01)
+        axes.margins(x=0.1)
+        axes.set_ylim(0.5 - len(lines_), 0.5)
         finish(axes, "time / floor", "", family[0]["kernel"])
         axes.grid(False, axis="y")
     return True

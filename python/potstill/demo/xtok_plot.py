@@ -17,7 +17,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(12.5, 4.6), dpi=140, facecolor="white")
-        grid = figure.add_gridspec(1, 3, left=0.06, right=0.975, top=0.68, bottom=0.13, wspace=0.28)
+        grid = figure.add_gridspec(1, 3, left=0.06, right=0.975, top=0.68, bottom=0.13, wspace=0.38)
         figure.text(0.06, 0.91, "potstill demo --xtok", fontsize=19, fontweight="bold")
         figure.text(0.06, 0.845, _subtitle(report), fontsize=10.5, color=MUTED)
         _curve(figure.add_subplot(grid[0, 0]), report["loss_curve"], "loss", "Training from the cache",
