@@ -161,12 +161,8 @@ def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, a
     facts = {"sequences": report.sequences, "tokens": report.tokens, "bytes": report.bytes}
     spec = tools.inspect_cache(path)["spec"] if report.ok else {}
     says = {name: spec.get(name, "") for name in ("teacher", "teacher_revision", "tokenizer")}
-    strange = _strange(path, tokenizer, teacher) if report.ok else []
-    ok = report.ok and not strange
-    if as_json:
-        show({"ok": ok, **facts, "says": says, "problems": problems + strange}, True)
-    else:
-        for problem in problems + strange:
+    if not as_json:
+        for problem in problems:
             click.echo(printable(problem), err=True)
         sums = ", ".join(f"{value:,} {name}" for name, value in facts.items())
         click.echo(
@@ -174,8 +170,14 @@ def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, a
         )
         for name, value in says.items() if report.ok else ():
             click.echo(printable(f"{name.replace('_', ' ')}: {value or 'not said'}"))
-        if report.ok and (tokenizer or teacher):
-            click.echo("not yours" if strange else "yours: it says what you asked for", err=bool(strange))
+    strange = _strange(path, tokenizer, teacher) if report.ok else []
+    ok = report.ok and not strange
+    if as_json:
+        show({"ok": ok, **facts, "says": says, "problems": problems + strange}, True)
+    elif report.ok and (tokenizer or teacher):
+        for sentence in strange:
+            click.echo(printable(sentence), err=True)
+        click.echo("not yours" if strange else "yours: it says what you asked for", err=bool(strange))
     sys.exit(0 if ok else 1)
 
 

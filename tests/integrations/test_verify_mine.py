@@ -57,3 +57,8 @@ def test_it_does_not_say_whose_it_is(folder):
     done = verify(folder / "silent", "--tokenizer", folder / "own")
     assert done.exit_code == 1 and "does not say which tokenizer" in done.output
     assert "tokenizer: not said" in verify(folder / "silent").output
+
+
+def test_a_tokenizer_that_is_not_there_costs_only_its_own_answer(folder):
+    done = verify(folder / "theirs", "--tokenizer", folder / "nowhere")
+    assert done.exit_code == 1 and "whole: 1 sequences" in done.output and "does not exist: MODEL is" in done.output
