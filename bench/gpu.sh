@@ -23,7 +23,7 @@ step() { # name, seconds, command...
     fi
     say "== $name"
     # an interrupt lets pytest and the benchmarks say and write what they have
-    timeout -s INT -k 8 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt" | tail -n 60
+    timeout -s INT -k 20 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt" | tail -n 60
     status=${PIPESTATUS[0]}
     ((status == 0)) || failed+=("$name")
     say "== $name: exit $status after $((SECONDS - start)) s"
@@ -43,13 +43,14 @@ workers=$(($(nproc) < 12 ? $(nproc) : 12))
 export POTSTILL_CUDA_ARCHS=$capability POTSTILL_ISAS=${POTSTILL_ISAS:-avx2} POTSTILL_COMPILE_JOBS=$workers
 say "$("$PYTHON" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())')"
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$workers") || parallel=()
-tests=("$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --tb=short --continue-on-collection-errors)
+# a line a test, so that the log names what failed even where the time ends the run
+tests=("$PYTHON" -m pytest -v -m gpu -p no:cacheprovider --tb=short --continue-on-collection-errors)
 
 # from an empty folder: an older setuptools does not know the licence field of pyproject.toml
 mkdir -p build/empty
 step build 170 env -C build/empty "$PYTHON" "$ROOT/setup.py" -q build_ext --build-lib "$ROOT/python" --build-temp "$ROOT/build/gpu"
-# tests/cache and the folders above it need the Rust extension; the gpu tests do not
-step tests 190 "${tests[@]}" "${parallel[@]}" tests/kernels tests/test_*.py
+# test_bench.py, tests/cache and the other folders need the Rust extension; the gpu tests do not
+step tests 190 "${tests[@]}" "${parallel[@]}" tests/kernels tests/test_[!b]*.py
 benchmark losses 130 75
 benchmark topk 80 50
 # memory errors of the CUDA kernels, where the toolkit has its sanitizer; every tensor an allocation of its own

@@ -170,3 +170,16 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path):
 def test_a_lost_device_is_followed_by_the_rest(tmp_path):
     done, log = run_script(tmp_path, 'case "$*" in *resume*) exit 0;; *gpu_losses*) exit 3;; esac')
     assert "losses, the rest: exit 0" in log and "== topk: exit 0" in log and done.returncode == 1
+
+
+@pytest.mark.nightly
+def test_the_gpu_tests_are_collected_without_the_rust_extension():
+    """One module that needs it would stop the whole run on a machine without Rust."""
+    (line,) = [x for x in (ROOT / "bench" / "gpu.sh").read_text().splitlines() if x.startswith("step tests ")]
+    folder, pattern = line.split()[-2:]
+    chosen = [folder, *(str(file) for file in sorted(ROOT.glob(pattern)))]
+    code = "import sys; sys.modules['potstill._rust'] = sys.modules['potstill._cpp'] = None\nimport pytest\n"
+    code += f"sys.exit(pytest.main({['-q', '-m', 'gpu', '--collect-only', *chosen]}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout[-3000:]
