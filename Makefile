@@ -4,7 +4,7 @@
 #   make test         the whole Python suite, then the Rust tests
 #   make bench        the benchmarks                  make lint         ruff, mypy, rustfmt, clippy
 #   make docs         the site, built strictly into out/site
-#   make fuzz         coverage-guided fuzzing of the cache reader, SECONDS=60 for each target, side by side
+#   make fuzz         coverage-guided fuzzing of the cache reader and the aligner, SECONDS=60 for each target, side by side
 #   make gpu-compile  kernels for sm_80, sm_90a, sm_100 without a GPU        make clean
 # PYTHON=python3.12 chooses the interpreter; UV_CACHE_DIR and CARGO_TARGET_DIR are honoured.
 
@@ -73,7 +73,7 @@ gpu-compile: install
 	POTSTILL_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/gpu
 	cd build/gpu/potstill && $(CURDIR)/$(PY) -c 'import _cuda; print("_cuda loads without a driver")'
 
-# coverage-guided fuzzing of what the cache reads, on a stable toolchain: make fuzz SECONDS=600
+# coverage-guided fuzzing of what the cache and the aligner read, on a stable toolchain: make fuzz SECONDS=600
 SECONDS := 60
 fuzz:
 	rust/fuzz/run.sh $(SECONDS)

@@ -1,5 +1,7 @@
 //! The fuzzer's kept corpus through the fuzzer's own functions: no panic, nothing out of range.
 
+#[path = "../../fuzz/src/align.rs"]
+mod align;
 #[path = "../../fuzz/src/targets.rs"]
 mod targets;
 
@@ -14,6 +16,7 @@ fn the_kept_corpus_finds_nothing() {
         ("index", targets::index),
         ("block", targets::block),
         ("log", targets::log),
+        ("align", align::align),
     ] {
         let files: Vec<_> = fs::read_dir(corpus.join(name)).expect("a corpus").collect();
         assert!(files.len() > 4, "{name} has {} inputs", files.len());
@@ -40,5 +43,18 @@ fn seeds_are_whole_and_bits_of_them_may_flip() {
             run(&changed);
         }
         assert!(!name.is_empty());
+    }
+}
+
+/// Every byte of the first inputs changes in turn: the options, the cuts, the text.
+#[test]
+fn alignments_hold_whatever_changes() {
+    for (_, bytes) in align::align_seeds() {
+        align::align(&bytes);
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] = changed[at].wrapping_add(1 << (at % 8));
+            align::align(&changed);
+        }
     }
 }

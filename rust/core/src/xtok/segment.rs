@@ -104,7 +104,10 @@ impl Aligner {
                 c.b = h.tokens(c.b, last.1);
             }
             last = (c.a.1, c.b.1);
-            recorder.chunk(c);
+            // a piece of the text of which both sides lack all tokens is no chunk
+            if c.a.0 < c.a.1 || c.b.0 < c.b.1 {
+                recorder.chunk(c);
+            }
         };
         let main = match (group_s, group_t) {
             (true, true) => run(&g.made, &h.made, options, scratch, &mut sink),
