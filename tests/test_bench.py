@@ -220,6 +220,9 @@ def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
     }
     for r in stored:
         assert all(float(r[f"{what}_tokens_per_second"]) > 0 for what in ("decode", "random", "write"))
+        first = r["variant"] == "potstill, 1/16"  # which writes the long run however long that takes
+        assert not first or float(r["long_tokens_per_second"]) > 0
+        assert all((float(r[f"two_threads_{what}"] or 0) > 0) == first for what in ("write", "long")), r
         assert float(r["max_error"]) <= (1 / 32 + 1e-5 if r["variant"] == "potstill, 1/16" else 0.13), r
     assert {"precision.csv", "memory.csv", "topk.csv", "cache.csv"} <= {p.name for p in tmp_path.iterdir()}
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["torch"] == torch.__version__

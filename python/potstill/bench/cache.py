@@ -5,10 +5,10 @@ Everything that is timed is read back and compared first. One thread, but for th
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -25,8 +25,10 @@ from potstill.cache.statistics import row_kl
 
 Row = dict[str, Any]
 VALUES = ("1/16", "1/32", "bf16_logits")
-SHARD = 1 << 22  # bytes: several fsyncs in a write
-WRITTEN = 40_000  # rows: the given ones, over and over
+# rows written, the given ones over and over, and bytes of a shard: several fsyncs in a write
+START = (40_000, 1 << 22)  # much of which is learning tables
+LONG = (300_000, 1 << 24)
+SLOW = 3.0  # seconds: a store that would take longer writes no long run
 
 
 def spec_of(rows: Rows, values: str) -> cache.Spec:
@@ -45,16 +47,24 @@ def cut(given: SimpleNamespace, part: slice) -> SimpleNamespace:
     return SimpleNamespace(**{name: None if c is None else c[part] for name, c in vars(given).items()})
 
 
-def write(folder: Path, rows: Rows, given: SimpleNamespace, values: str, first: int = 0, step: int = 1) -> None:
-    """Every step-th sequence from `first` on. Several threads may share the folder."""
-    with cache.Writer(folder, spec_of(rows, values), shard_bytes=SHARD) as writer:
+def write(
+    folder: Path,
+    rows: Rows,
+    given: SimpleNamespace,
+    values: str,
+    shard: int = START[1],
+    first: int = 0,
+    step: int = 1,
+) -> None:
+    """Every step-th sequence from `first` on, in shards of so many bytes. Several threads may share the folder."""
+    with cache.Writer(folder, spec_of(rows, values), shard_bytes=shard) as writer:
         for i, part in list(enumerate(rows.parts()))[first::step]:
             writer.add(f"{i}", rows.tokens[part], cut(given, part))
 
 
-def write_in_two_threads(folder: Path, rows: Rows, given: SimpleNamespace, values: str) -> None:
+def write_in_two_threads(folder: Path, rows: Rows, given: SimpleNamespace, values: str, shard: int) -> None:
     cache.Writer(folder, spec_of(rows, values)).close()
-    threads = [threading.Thread(target=write, args=(folder, rows, given, values, i, 2)) for i in (0, 1)]
+    threads = [threading.Thread(target=write, args=(folder, rows, given, values, shard, i, 2)) for i in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -115,42 +125,61 @@ def size(folder: Path) -> int:
     )
 
 
+def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, repeats: int) -> dict[str, list[float]]:
+    """Seconds to write the rows over and over, durably: of `names`, and of two threads with the first of VALUES."""
+    n, shard = amount
+    many = rows.repeated(min(n, 50 * len(rows.tokens)))
+    root.mkdir()
+    count = iter(range(10**9))
+
+    def fresh() -> Path:
+        path = root / f"{next(count)}"
+        path.mkdir()
+        return path
+
+    def ours(values: str, given: SimpleNamespace) -> Variant:
+        return lambda: write(fresh(), many, given, values, shard)
+
+    def rival(store: cache_rivals.Store) -> Variant:
+        def save() -> None:
+            folder = fresh()
+            store.write(folder, many)
+            cache_rivals.durable(folder)
+
+        return save
+
+    variants = {f"potstill, {v}": ours(v, topk(many, v)) for v in VALUES if f"potstill, {v}" in names}
+    variants |= {store.name: rival(store) for store in cache_rivals.STORES if store.name in names}
+    given = topk(many, VALUES[0])
+    variants["two threads"] = lambda: write_in_two_threads(fresh(), many, given, VALUES[0], shard)
+    seconds = in_turns(variants, repeats)
+    shutil.rmtree(root)
+    return {name: [t / len(many.tokens) for t in taken] for name, taken in seconds.items()}
+
+
 def figures(rows: Rows, *, repeats: int, note: Callable[[str], Any]) -> list[Row]:
     """Rows of the table for these teacher rows."""
-    many = rows.repeated(min(WRITTEN, 8 * len(rows.tokens)))
     n, order = len(rows.tokens), np.random.default_rng(0).permutation(len(rows.ends)).tolist()
     read: dict[str, Variant] = {}
     random: dict[str, Variant] = {}
-    written: dict[str, Variant] = {}
     facts: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        count = iter(range(10**9))
-
-        def fresh() -> Path:
-            path = root / f"{next(count)}"
-            path.mkdir()
-            return path
-
-        def write_anew(given: SimpleNamespace, values: str) -> None:
-            write(fresh(), many, given, values)
-
         for values in VALUES:
-            name, given, path = f"potstill, {values}", topk(rows, values), fresh()
+            name, given = f"potstill, {values}", topk(rows, values)
+            path = root / f"{len(facts)}"
             write(path, rows, given, values)
             ours = Ours(path, rows)
             kl, error = check_ours(ours, rows, given, values)
             facts[name] = {"bytes_per_token": size(path) / n, "mean_kl": kl, "max_error": error}
             read[name] = ours.all
             random[name] = lambda ours=ours: [ours.one(i) for i in order]  # type: ignore[misc]
-            written[name] = partial(write_anew, topk(many, values), values)
-        given = topk(many, VALUES[0])
-        written["two threads"] = lambda: write_in_two_threads(fresh(), many, given, VALUES[0])
         out = cache_rivals.empty(rows)
         _, _, rounded, _ = cache_rivals.columns(rows)
         kls, errors, _ = row_kl(rows.ids, rows.log_probs, rows.log_rest, rows.ids, rounded, rows.log_rest)
         for store in cache_rivals.found(note):
-            path = fresh()
+            path = root / f"{len(facts)}"
+            path.mkdir()
             store.write(path, rows)
             opened = store.open(path, rows)
             check_rival(store, opened, rows, out)
@@ -161,23 +190,20 @@ def figures(rows: Rows, *, repeats: int, note: Callable[[str], Any]) -> list[Row
             }
             read[store.name] = lambda o=opened: o.all(out)  # type: ignore[misc]
             random[store.name] = lambda o=opened: [o.one(i, out) for i in order]  # type: ignore[misc]
-
-            def save(store: cache_rivals.Store = store) -> None:
-                folder = fresh()
-                store.write(folder, many)
-                cache_rivals.durable(folder)
-
-            written[store.name] = save
-        seconds = {what: in_turns(variants, repeats) for what, variants in
-                   {"decode": read, "random": random, "write": written}.items()}  # fmt: skip
-    two = seconds["write"].pop("two threads")
-    first = f"potstill, {VALUES[0]}"
-    table = []
+        seconds = {what: {name: [t / n for t in taken] for name, taken in in_turns(variants, repeats).items()}
+                   for what, variants in {"decode": read, "random": random}.items()}  # fmt: skip
+        seconds["write"] = writing(rows, START, list(facts), root / "start", repeats)
+        first, table = f"potstill, {VALUES[0]}", []
+        quick = [name for name in facts if name == first or median(seconds["write"][name]) * LONG[0] <= SLOW]
+        seconds["long"] = writing(rows, LONG, quick, root / "long", min(repeats, 3))
     for name, fact in facts.items():
         row: Row = {"case": rows.title, "variant": name, "tokens": n, **fact}
         for what, taken in seconds.items():
-            row[f"{what}_tokens_per_second"] = (len(many.tokens) if what == "write" else n) / median(taken[name])
-            row[f"{what}_spread"] = spread(taken[name])
-        row["two_threads_over_one"] = median(seconds["write"][first]) / median(two) if name == first else None
+            known = taken.get(name)
+            row[f"{what}_tokens_per_second"] = 1 / median(known) if known else None
+            row[f"{what}_spread"] = spread(known) if known else None
+        for what in ("write", "long"):
+            two = median(seconds[what][first]) / median(seconds[what]["two threads"])
+            row[f"two_threads_{what}"] = two if name == first else None
         table.append(row)
     return table

@@ -64,6 +64,7 @@ impl Writer {
                 return Err(e.advise(AGAIN));
             }
         };
+        self.learning = Vec::new();
         let done = open.sync().and_then(|()| self.publish(&open, &name, bytes));
         match done {
             Ok(published) => Ok(published.then_some(name)),

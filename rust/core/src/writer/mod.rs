@@ -1,5 +1,6 @@
 //! The writer: checks rows, fills an open shard, commits it. Many writers may share one folder.
 
+mod ahead;
 mod commit;
 pub mod open_shard;
 
@@ -41,6 +42,8 @@ pub struct Writer {
     /// The shard whose tables learnt from most entries, until they are taken.
     best_tables: Option<(String, u64)>,
     open: Option<OpenShard>,
+    /// The rows of the open shard, as long as tables may be learnt from them.
+    learning: Vec<Coded>,
     stopped: Option<String>,
     process: u32,
     /// What this writer took over from writers that died.
@@ -68,6 +71,7 @@ impl Writer {
             names: Vec::new(),
             best_tables: None,
             open: None,
+            learning: Vec::new(),
             stopped: None,
             process: std::process::id(),
             salvaged: Salvage::default(),
@@ -184,6 +188,7 @@ impl Writer {
         let first_block = self.open.as_ref().map_or(0, OpenShard::next_block);
         let columns = Values { columns: &self.state.spec.columns, bytes: columns };
         let k = self.state.spec.k;
+        let mut learnable = None;
         let encoded = match &self.codec {
             Codec::Plain(codec) => {
                 let encoded = encode_plain(key, rows, counts, codec, k, columns, first_block);
@@ -199,7 +204,9 @@ impl Writer {
                 if self.is_known(key, hash)? {
                     return Ok(false);
                 }
-                encode_dense(key, &coded, hash, dense, columns, first_block)
+                let encoded = encode_dense(key, &coded, hash, dense, columns, first_block);
+                learnable = (dense.tables.trained < TRAINED).then_some(coded);
+                encoded
             }
         };
         let open = match &mut self.open {
@@ -207,6 +214,7 @@ impl Writer {
             None => self.open.insert(OpenShard::create(&open_dir(&self.root), &self.state.spec, &self.codec)?),
         };
         open.append(encoded)?;
+        self.learning.extend(learnable);
         if self.wants_training(TRAINED) {
             self.retrain()?;
         }
@@ -240,12 +248,13 @@ impl Writer {
         Ok(())
     }
 
-    // the open shard holds `least` entries (rows, where they have none) or more, and its tables learnt from fewer
+    // the open shard holds `least` entries (rows, where they have none) or more, and twice as many as its tables learnt from
     fn wants_training(&self, least: u64) -> bool {
         match (&self.codec, &self.open) {
             (Codec::Dense(dense), Some(open)) => {
                 let seen = if dense.layout.k > 0 { open.entries() } else { open.tokens() };
-                dense.tables.trained < TRAINED && seen >= least.max(dense.tables.trained + 1)
+                let kept = self.learning.len() == open.sequences().len();
+                kept && dense.tables.trained < TRAINED && seen >= least.max(2 * dense.tables.trained).max(1)
             }
             _ => false,
         }
@@ -254,14 +263,13 @@ impl Writer {
     // learns tables from the open shard and writes it again with them, if that makes it smaller
     fn retrain(&mut self) -> Result<()> {
         let (Codec::Dense(dense), Some(open)) = (&self.codec, &self.open) else { return Ok(()) };
+        let Some(tables) = train(dense.layout, &self.learning) else { return Ok(()) };
         let columns = &self.state.spec.columns;
-        let sequences = open.coded(dense, columns)?;
-        let (coded, further): (Vec<Coded>, Vec<_>) = sequences.into_iter().unzip();
-        let Some(tables) = train(dense.layout, &coded) else { return Ok(()) };
+        let further = open.further(columns)?;
         let trained = Dense { layout: dense.layout, tables: Arc::new(tables) };
         let codec = Codec::Dense(trained.clone());
         let mut smaller = OpenShard::create(&open_dir(&self.root), &self.state.spec, &codec)?;
-        for ((coded, further), old) in coded.iter().zip(&further).zip(open.sequences()) {
+        for ((coded, further), old) in self.learning.iter().zip(&further).zip(open.sequences()) {
             let bytes = further.slices();
             let values = Values { columns, bytes: &bytes };
             let encoded = encode_dense(&old.key, coded, old.content_hash, &trained, values, smaller.next_block());
@@ -273,8 +281,12 @@ impl Writer {
         if smaller.whole_bytes() < open.whole_bytes() {
             let old = self.open.replace(smaller);
             self.codec = codec;
+            if trained.tables.trained >= TRAINED {
+                self.learning = Vec::new();
+            }
             old.map_or(Ok(()), |old| fs::remove_file(&old.path).map_err(Error::io("remove", &old.path)))
         } else {
+            self.learning = Vec::new(); // nothing is learnt from this shard again
             fs::remove_file(&smaller.path).map_err(Error::io("remove", &smaller.path))
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::ahead::Ahead;
 use crate::bytes::token_hash;
 use crate::codec::dense::{Coded, Dense};
 use crate::codec::plain::Plain;
@@ -34,6 +35,7 @@ pub struct OpenShard {
     len: u64,
     footer: Footer,
     pending: HashMap<String, usize>,
+    ahead: Ahead,
 }
 
 /// A sequence encoded into blocks, not yet written.
@@ -52,7 +54,8 @@ impl OpenShard {
             return Err(Error::io("write", &path)(e));
         }
         let len = (header.len() + tables.len()) as u64;
-        Ok(OpenShard { path, file, header, tables, len, footer: Footer::default(), pending: HashMap::new() })
+        let (footer, pending, ahead) = (Footer::default(), HashMap::new(), Ahead::default());
+        Ok(OpenShard { path, file, header, tables, len, footer, pending, ahead })
     }
 
     pub fn bytes(&self) -> u64 {
@@ -80,27 +83,27 @@ impl OpenShard {
         self.len + self.tables.len() as u64
     }
 
-    /// Reads back every sequence as codes, and its further columns.
-    pub fn coded(&self, dense: &Dense, columns: &[Column]) -> Result<Vec<(Coded, Collected)>> {
+    /// Reads back the further columns of every sequence.
+    pub fn further(&self, columns: &[Column]) -> Result<Vec<Collected>> {
+        let mut found: Vec<Collected> = self.sequences().iter().map(|_| Collected::default()).collect();
+        if columns.is_empty() {
+            return Ok(found);
+        }
         let file = self.file.try_clone().map_err(Error::io("read", &self.path))?;
         let source = FileSource::from_file(file).map_err(Error::io("read", &self.path))?;
-        let (mut found, mut bytes) = (Vec::new(), Vec::new());
+        let mut bytes = Vec::new();
         let (mut at, mut blocks) = ((self.header.len() + self.tables.len()) as u64, self.footer.blocks.iter());
-        for sequence in &self.footer.sequences {
-            let (mut whole, mut further) = (Coded::default(), Collected::default());
+        for (sequence, further) in self.footer.sequences.iter().zip(&mut found) {
             for entry in blocks.by_ref().take(sequence.blocks as usize) {
-                bytes.resize(entry.len as usize, 0);
-                source.read_at(at, &mut bytes).map_err(Error::io("read", &self.path))?;
-                let damaged = |what| Error::damaged(&self.path.display().to_string(), Part::File, what);
-                let block = block::decode(&bytes).map_err(damaged)?;
-                if block.head.kind == KIND_ROWS {
-                    whole.append(&dense.decode_coded(block.payload, block.head.shape()).map_err(damaged)?);
-                } else {
+                if entry.kind != KIND_ROWS {
+                    bytes.resize(entry.len as usize, 0);
+                    source.read_at(at, &mut bytes).map_err(Error::io("read", &self.path))?;
+                    let damaged = |what| Error::damaged(&self.path.display().to_string(), Part::File, what);
+                    let block = block::decode(&bytes).map_err(damaged)?;
                     further.push(columns, &block).map_err(damaged)?;
                 }
                 at += u64::from(entry.len);
             }
-            found.push((whole, further));
         }
         Ok(found)
     }
@@ -119,6 +122,7 @@ impl OpenShard {
         self.footer.blocks.extend(encoded.blocks);
         self.pending.insert(encoded.entry.key.clone(), self.footer.sequences.len());
         self.footer.sequences.push(encoded.entry);
+        self.ahead.grown(&self.file, self.len);
         Ok(())
     }
 
@@ -143,8 +147,8 @@ impl OpenShard {
         Ok((name, bytes))
     }
 
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(Error::io("sync", &self.path))
+    pub fn sync(&mut self) -> Result<()> {
+        self.ahead.finish(&self.file).map_err(Error::io("sync", &self.path))
     }
 }
 

@@ -7,6 +7,9 @@ pub const SLACK: usize = 8;
 /// Bytes that one `put` may touch behind the stream.
 const REACH: usize = 8;
 
+/// Bits that one `put` may append.
+pub const MOST_BITS: u64 = 56;
+
 /// Writes whole words and moves on by what is in them, so that no put depends on how full the last byte is.
 #[derive(Default)]
 pub struct BitWriter {

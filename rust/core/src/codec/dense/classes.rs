@@ -67,31 +67,43 @@ impl ClassCode {
 
     /// The cheapest widths that a local search finds for values that occur `counts[value]` times.
     pub fn trained(counts: &[u32], bound: u64) -> ClassCode {
+        Self::improved(Self::even(bound).widths, counts, bound)
+    }
+
+    /// The same from these widths on.
+    pub fn improved(widths: [u8; CLASSES], counts: &[u32], bound: u64) -> ClassCode {
         let used = counts.iter().rposition(|n| *n > 0).map_or(0, |last| last + 1);
         let mut below = vec![0u64; used + 1];
         for (v, count) in counts[..used].iter().enumerate() {
             below[v + 1] = below[v] + u64::from(*count);
         }
+        let add = |mut sum: Sum, width: u8| {
+            sum.next += 1 << width;
+            let end = below[used.min(sum.next as usize)];
+            sum.bits += (end - sum.below) * u64::from(width);
+            sum.below = end;
+            sum
+        };
         // the last class takes what is left; None from `most` on
-        let cost = |widths: &[u8; CLASSES], most: u64| {
-            let (mut next, mut start, mut total) = (0u64, 0, 0u64);
-            for width in &widths[..CLASSES - 1] {
-                next += 1 << width;
-                let end = below[used.min(next as usize)];
-                total += (end - start) * u64::from(*width);
-                start = end;
-                if total >= most {
+        let cost = |widths: &[u8], mut sum: Sum, most: u64| {
+            for width in widths {
+                sum = add(sum, *width);
+                if sum.bits >= most {
                     return None;
                 }
             }
-            total += (below[used] - start) * u64::from(bits(bound.saturating_sub(next)));
+            let total = sum.bits + (below[used] - sum.below) * u64::from(bits(bound.saturating_sub(sum.next)));
             (total < most).then_some(total)
         };
-        let mut best = Self::even(bound).widths;
-        let mut lowest = cost(&best, u64::MAX).unwrap_or(u64::MAX);
+        let mut best = widths;
+        let mut lowest = cost(&best[..CLASSES - 1], Sum::default(), u64::MAX).unwrap_or(u64::MAX);
         let top = bits(bound);
         loop {
             let from = best;
+            let mut sums = [Sum::default(); CLASSES];
+            for c in 0..CLASSES - 1 {
+                sums[c + 1] = add(sums[c], from[c]);
+            }
             for i in 0..CLASSES - 1 {
                 for j in i..CLASSES - 1 {
                     for (di, dj) in STEPS {
@@ -108,7 +120,8 @@ impl ClassCode {
                             continue;
                         }
                         widths[..CLASSES - 1].sort_unstable();
-                        if let Some(now) = cost(&widths, lowest) {
+                        let same = widths[..CLASSES - 1].iter().zip(&from).take_while(|(a, b)| a == b).count();
+                        if let Some(now) = cost(&widths[same..CLASSES - 1], sums[same], lowest) {
                             (best, lowest) = (Self::fitted(widths, bound).widths, now);
                         }
                     }
@@ -131,6 +144,14 @@ impl ClassCode {
         }
         total
     }
+}
+
+/// Of the classes so far: where the next one begins, how many values lie below it, and the bits of these in their classes.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    next: u64,
+    below: u64,
+    bits: u64,
 }
 
 const STEPS: [(i8, i8); 8] = [(1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, -2), (-2, 1)];

@@ -19,7 +19,7 @@ pub use decode::Sink;
 pub use tables::{Tables, MAGIC as TABLES_MAGIC, MAX_TABLES};
 pub use train::{train, TRAINED};
 pub use values::Values;
-pub(crate) use widest::with_wide;
+pub(crate) use widest::check_rows;
 
 use super::Shape;
 use crate::bytes::Cursor;

@@ -19,6 +19,8 @@ pub struct PrefixCode {
     pub lengths: [u8; SYMBOLS],
     /// By symbol: code | length << 16.
     codes: [u32; SYMBOLS],
+    /// Of symbols 0 to 15 the lower and the upper byte of the code, and the length.
+    pub small: [[u8; 16]; 3],
     /// By window: symbol | length << 8.
     single: Vec<u16>,
     many: Box<[Run; RUNS]>,
@@ -78,7 +80,8 @@ impl PrefixCode {
         for (window, (run, ends)) in many.iter_mut().zip(ends.iter_mut()).enumerate() {
             (*run, *ends) = pack(&single, window);
         }
-        Ok(PrefixCode { lengths, codes, single, many, ends })
+        let small = [0, 8, 16].map(|shift| std::array::from_fn(|symbol| (codes[symbol] >> shift) as u8));
+        Ok(PrefixCode { lengths, codes, small, single, many, ends })
     }
 
     /// The best lengths for numbers that occur `counts[symbol]` times; every symbol gets a code.

@@ -1,6 +1,6 @@
 //! Tables from rows: the most frequent ids first, and widths and code lengths for what the rows then hold.
 
-use super::classes::ClassCode;
+use super::classes::{ClassCode, CLASSES};
 use super::coded::Coded;
 use super::dictionary::Dictionary;
 use super::encode::{rank_row, token_value};
@@ -42,13 +42,15 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
         sample += 1;
     }
     let dictionary = |listed: usize| Dictionary::ranked(&ids, listed, layout.vocab_size);
+    let mut near = None; // the widths of one length are nearly those of the next
     let bits = |listed: &usize| {
-        let ranking = Ranking::new(layout, &sequences[..sample], dictionary(*listed));
+        let ranking = Ranking::new(layout, &sequences[..sample], dictionary(*listed), near.take());
         let (values, stored) = ranking.bits();
+        near = Some(ranking.codes.map(|code| code.widths));
         u128::from(values) * entries as u128 / sampled as u128 + u128::from(stored)
     };
     let listed = candidates.into_iter().min_by_key(bits)?;
-    let ranking = Ranking::new(layout, sequences, dictionary(listed));
+    let ranking = Ranking::new(layout, sequences, dictionary(listed), None);
     let bounds = bounds(&layout);
     let column = |values: &mut dyn Iterator<Item = u32>, code: usize| {
         let mut counts = vec![0u32; bounds[code] as usize];
@@ -105,7 +107,8 @@ struct Ranking {
 }
 
 impl Ranking {
-    fn new(layout: Layout, sequences: &[Coded], dictionary: Dictionary) -> Ranking {
+    // widths are sought from `near` on
+    fn new(layout: Layout, sequences: &[Coded], dictionary: Dictionary, near: Option<[[u8; CLASSES]; 3]>) -> Ranking {
         let (v, k) = (layout.vocab_size as usize, layout.k as usize);
         let mut counts = [vec![0u32; v], vec![0u32; v], vec![0u32; k + v]];
         let (mut ranks, mut before) = (Vec::new(), Vec::new());
@@ -128,7 +131,10 @@ impl Ranking {
             }
         }
         let bounds = bounds(&layout);
-        let codes = [0, 1, 2].map(|c| ClassCode::trained(&counts[c], bounds[c]));
+        let codes = [0, 1, 2].map(|c| match near {
+            Some(widths) => ClassCode::improved(widths[c], &counts[c], bounds[c]),
+            None => ClassCode::trained(&counts[c], bounds[c]),
+        });
         Ranking { dictionary, codes, counts }
     }
 

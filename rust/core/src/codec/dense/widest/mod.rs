@@ -6,6 +6,8 @@ mod ids;
 #[cfg(target_arch = "x86_64")]
 mod put;
 #[cfg(target_arch = "x86_64")]
+mod sort;
+#[cfg(target_arch = "x86_64")]
 mod vectors;
 
 use std::ops::Range;
@@ -16,7 +18,8 @@ use super::encode::{self, Streams};
 use super::prefix::PrefixCode;
 use super::tables::Tables;
 use super::{coded, Coded, Dense, Layout};
-use crate::rows::Rows;
+use crate::error::Result;
+use crate::rows::{Checker, Rows};
 
 /// Entries of a row in which neighbours are exchanged; in longer ones a run of ties may be too long for that.
 #[cfg(target_arch = "x86_64")]
@@ -42,7 +45,7 @@ fn wide() -> bool {
 
 /// Decodes the next `rows` rows with the widest instructions that this processor has.
 #[cfg(target_arch = "x86_64")]
-pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
+pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> std::result::Result<(), String> {
     if wide() {
         // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
         return unsafe { rows_avx2(decoder, rows, sink) };
@@ -52,12 +55,12 @@ pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Res
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
-fn rows_avx2(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
+fn rows_avx2(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> std::result::Result<(), String> {
     decoder.rows::<Avx2>(rows, sink)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> Result<(), String> {
+pub fn rows(decoder: &mut Decoder<'_>, rows: usize, sink: &mut impl Sink) -> std::result::Result<(), String> {
     decoder.rows::<Narrow>(rows, sink)
 }
 
@@ -119,7 +122,11 @@ impl encode::Put for Avx2 {
 pub fn sort_ties(codes: &[u32], ids: &mut [u32]) {
     if wide() && codes.len() <= MOST_SORTED {
         // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
-        return unsafe { put::sort_ties(codes, ids) };
+        return unsafe {
+            if !sort::sort_ties(codes, ids) {
+                put::exchange_ties(codes, ids);
+            }
+        };
     }
     coded::sort_ties(codes, ids, |_, _| ());
 }
@@ -131,7 +138,7 @@ pub fn sort_ties(codes: &[u32], ids: &mut [u32]) {
 
 /// `Coded::build` with the widest instructions that this processor has.
 #[cfg(target_arch = "x86_64")]
-pub fn coded(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, (usize, String)> {
+pub fn coded(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> std::result::Result<Coded, (usize, String)> {
     if wide() {
         // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
         return unsafe { coded_avx2(layout, rows, counts) };
@@ -141,29 +148,34 @@ pub fn coded(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, 
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
-fn coded_avx2(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, (usize, String)> {
+fn coded_avx2(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> std::result::Result<Coded, (usize, String)> {
     Coded::build(layout, rows, counts)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub fn coded(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> Result<Coded, (usize, String)> {
+pub fn coded(layout: &Layout, rows: &Rows<'_>, counts: &[u16]) -> std::result::Result<Coded, (usize, String)> {
     Coded::build(layout, rows, counts)
 }
 
-/// Does work that compilers make vectors of with the widest that this processor has.
-pub fn with_wide<R>(work: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
+/// `Checker::check_rows` with the widest instructions that this processor has.
+#[cfg(target_arch = "x86_64")]
+pub fn check_rows(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
     if wide() {
         // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
-        return unsafe { with_avx2(work) };
+        return unsafe { check_rows_avx2(checker, key, rows, counts) };
     }
-    work()
+    checker.check_rows(key, rows, counts, |_| None)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
-fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
-    work()
+fn check_rows_avx2(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
+    checker.check_rows(key, rows, counts, |ids| sort::all_differ(ids))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub fn check_rows(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
+    checker.check_rows(key, rows, counts, |_| None)
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]

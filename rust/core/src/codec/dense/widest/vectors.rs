@@ -4,31 +4,43 @@ use std::arch::x86_64::*;
 
 use super::super::tables::Tables;
 
+#[inline(always)]
 pub fn load(bytes: &[u8; 32]) -> __m256i {
     // SAFETY: every array of 32 bytes is a vector
     unsafe { std::mem::transmute(*bytes) }
 }
 
+#[inline(always)]
 pub fn load_half(bytes: &[u8; 16]) -> __m128i {
     // SAFETY: every array of 16 bytes is a vector
     unsafe { std::mem::transmute(*bytes) }
 }
 
+#[inline(always)]
+pub fn load_shorts(shorts: &[u16; 16]) -> __m256i {
+    // SAFETY: every array of 16 shorts is a vector
+    unsafe { std::mem::transmute(*shorts) }
+}
+
+#[inline(always)]
 pub fn load_words(words: &[u32; 8]) -> __m256i {
     // SAFETY: every array of 8 words is a vector
     unsafe { std::mem::transmute(*words) }
 }
 
+#[inline(always)]
 pub fn words(vector: __m256i) -> [u32; 8] {
     // SAFETY: every vector is 8 words
     unsafe { std::mem::transmute(vector) }
 }
 
+#[inline(always)]
 pub fn doubles(vector: __m256i) -> [u64; 4] {
     // SAFETY: every vector is 4 double words
     unsafe { std::mem::transmute(vector) }
 }
 
+#[inline(always)]
 pub fn octets(vector: __m256i) -> [u8; 32] {
     // SAFETY: every vector is 32 bytes
     unsafe { std::mem::transmute(vector) }
