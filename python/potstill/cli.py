@@ -90,6 +90,9 @@ CACHE = click.argument("path", type=click.Path(exists=True, file_okay=False, pat
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
+HEAD = ("path", "spec", "sequences", "tokens", "bytes")  # what `inspect` says first
+
+
 def show(facts: dict[str, Any], as_json: bool) -> None:
     """A dict as JSON or as aligned lines."""
     if as_json:
@@ -139,6 +142,7 @@ def inspect(path: Path, rows: int, against: Path | None, as_json: bool) -> None:
             name: {q: f"{x:.4g}" for q, x in d.items()} if isinstance(d, dict) else d for name, d in found.items()
         }
         facts |= {f"against_{name}": f"{x:.3g}" for name, x in facts.pop("fidelity", {}).items()}
+        facts = {name: facts[name] for name in (*HEAD, *facts)}
     show(facts, as_json)
 
 
@@ -200,7 +204,11 @@ def recover(path: Path, as_json: bool) -> None:
     """Keep what is whole of the cache in the folder PATH and say what was lost; a build can go on then."""
     from potstill.cache import tools
 
-    show(tools.recover_cache(path), as_json)
+    facts = tools.recover_cache(path)
+    lost = [] if as_json else facts.pop("lost")
+    show(facts, as_json)
+    for line in lost:
+        click.echo(printable(f"lost: {line}"))
 
 
 @click.command()

@@ -119,6 +119,10 @@ def test_verify_fails_on_a_damaged_cache_and_says_where(tmp_path):
     assert shard.name in bad.stderr and "Traceback" not in bad.stderr
     report = json.loads(potstill("verify", tmp_path / "cache", "--json").stdout)
     assert report["ok"] is False and len(report["problems"]) >= 1
+    mended = potstill("recover", tmp_path / "cache")
+    assert mended.returncode == 0 and f"\nlost: {shard.name}, " in mended.stdout
+    assert "potstill recover" not in mended.stdout  # that is what runs
+    assert potstill("verify", tmp_path / "cache").returncode == 0
 
 
 def test_errors_are_one_line(tmp_path):

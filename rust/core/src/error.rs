@@ -86,6 +86,14 @@ impl Error {
         }
     }
 
+    /// What happened, without what to do.
+    pub(crate) fn brief(&self) -> String {
+        match self {
+            Error::Damaged { file, part, what } => format!("{file}, {part}: {what}"),
+            other => other.to_string(),
+        }
+    }
+
     pub(crate) fn damaged(file: &str, part: Part, what: impl Into<String>) -> Error {
         Error::Damaged { file: file.to_string(), part, what: what.into() }
     }

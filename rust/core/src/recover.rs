@@ -80,7 +80,7 @@ fn set_free(root: &Path, name: &str, aside: &Path) -> Result<()> {
 pub(crate) fn shard_damage(root: &Path, name: &str, spec: &Spec) -> Option<String> {
     let shard = match open_shard(root, name, spec) {
         Ok(shard) => shard,
-        Err(e) => return Some(e.to_string()),
+        Err(e) => return Some(e.brief()),
     };
     let path = shards_dir(root).join(shard_file(name));
     let source = match files::open_regular(&path) {
@@ -88,11 +88,11 @@ pub(crate) fn shard_damage(root: &Path, name: &str, spec: &Spec) -> Option<Strin
         Err(e) => return Some(format!("{}: {e}", path.display())),
     };
     if let Err(e) = shard.check_tables(&source) {
-        return Some(e.to_string());
+        return Some(e.brief());
     }
     let mut scratch = Vec::new();
     let mut problems = (0..shard.footer.blocks.len()).filter_map(|n| shard.block(&source, n, &mut scratch).err());
-    problems.next().map(|e| e.to_string())
+    problems.next().map(|e| e.brief())
 }
 
 // a manifest or a record that cannot be read is put aside; what they said comes back from the shards themselves
@@ -109,7 +109,7 @@ fn repair_log(root: &Path, aside: &Path, lost: &mut Vec<String>) -> Result<Strin
         Ok(state) => state.map(|s| s.spec.text),
         Err(e @ Error::Unsupported { .. }) => return Err(e),
         Err(e) => {
-            lost.push(e.to_string());
+            lost.push(e.brief());
             put_aside(&manifest, aside)?;
             None
         }
@@ -124,7 +124,7 @@ fn repair_log(root: &Path, aside: &Path, lost: &mut Vec<String>) -> Result<Strin
             Ok(None) => {}
             Err(e @ Error::Unsupported { .. }) => return Err(e),
             Err(e) => {
-                lost.push(e.to_string());
+                lost.push(e.brief());
                 whole = false;
             }
         }
