@@ -17,7 +17,7 @@ from potstill.integrations.transformers import (
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .conftest import VOCAB, exact_rows, tiny_llama
+from .conftest import VOCAB, exact_rows, needs_packing, tiny_llama
 
 KEYS = [{"key": f"s{i}"} for i in range(4)]
 
@@ -122,7 +122,7 @@ def eight(cache, sequences):
     return examples, want.item(), dict(zip(names, torch.autograd.grad(want, parameters), strict=True))
 
 
-@pytest.mark.parametrize("side", ["right", "left", "packed"])
+@pytest.mark.parametrize("side", ["right", "left", pytest.param("packed", marks=needs_packing)])
 @pytest.mark.parametrize("batch, steps", [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_gradients_do_not_depend_on_accumulation(cache, eight, tmp_path, batch, steps, side):
     """Every split has micro-batches of unequal numbers of targets, and some without any."""
