@@ -140,8 +140,11 @@ pub fn index(data: &[u8]) {
     let mut bytes = file.to_vec();
     let Some(()) = repair(&mut bytes, &golden.spec) else { return };
     let (header_len, foot_len) = (u32_at(&bytes, 12).unwrap_or(0), u32_at(&bytes, bytes.len() - 32).unwrap_or(0));
-    let foot = bytes.len() - 32 - foot_len;
-    let name = shard_name(&bytes[..header_len], &bytes[foot..bytes.len() - 32]);
+    // where parts overlap, making one right may have changed the lengths
+    let end = bytes.len() - 32;
+    let foot = end.checked_sub(foot_len).and_then(|foot| bytes.get(foot..end));
+    let (Some(header), Some(foot)) = (bytes.get(..header_len), foot) else { return };
+    let name = shard_name(header, foot);
     let source = Memory(bytes);
     let Ok(shard) = Shard::open(&source, &name, &golden.spec) else { return };
     let rows: u64 = shard.footer.sequences.iter().map(|s| u64::from(s.tokens)).sum();
