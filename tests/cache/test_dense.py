@@ -322,6 +322,22 @@ def forge(path, lab, change) -> None:
     (path / "manifest.json").write_text(f'{head},"xxh3":"{xxhash.xxh3_64_intdigest(head.encode()):016x}"}}\n')
 
 
+def set_bytes(data, first, end, changes) -> None:
+    """Sets bytes of data[first:end]; changes: (place in [0, 1), byte)."""
+    for place, value in changes:
+        data[first + int(place * (end - first))] = value
+
+
+def forge_bytes(path, lab, changes, tables) -> None:
+    """Sets bytes of the shard's tables, or of its one payload, and forges what vouches for them."""
+
+    def change(data, start, block, foot):
+        first, end = (start + 8, block) if tables else (block + 40, foot - (block - start) - 8)
+        set_bytes(data, first, end, changes)
+
+    forge(path, lab, change)
+
+
 def put(fmt, part, offset, value):
     def change(data, tables, block, foot):
         struct.pack_into(fmt, data, {"header": 0, "tables": tables, "block": block}[part] + offset, value)
@@ -380,12 +396,7 @@ def test_pitfall_28_forged_bytes_are_errors_or_rows_within_bounds(tmp_path_facto
     with cache.Writer(path, lab.spec(k=3, vocab=40, values=values, sampled=True)) as w:
         w.add("a", r.tokens, r)
 
-    def change(data, start, block, foot):
-        first, end = (start + 8, block) if tables else (block + 40, foot - (block - start) - 8)
-        for place, value in changes:
-            data[first + int(place * (end - first))] = value
-
-    forge(path, lab, change)
+    forge_bytes(path, lab, changes, tables)
     with contextlib.suppress(cache.CacheError):
         store = cache.open(path)
         tokens, ids, log_probs, log_rest = store.numpy("a")

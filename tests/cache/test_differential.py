@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from potstill import cache
 
 pytest.importorskip("xxhash", reason="forging checksums needs the xxhash package")
-from .test_dense import forge, teacher
+from .test_dense import forge_bytes, set_bytes, teacher
 from .test_hostile import reforge
 
 REFUSALS = (AssertionError, IndexError, ValueError, OverflowError, struct.error, UnicodeDecodeError)
@@ -73,12 +73,7 @@ def test_dense_payloads_and_tables(tmp_path_factory, dense_lab, independent, mon
         with cache.Writer(path, spec) as w:
             w.add("a", r.tokens, r)
 
-        def change(data, start, block, foot):
-            first, end = (start + 8, block) if tables else (block + 40, foot - (block - start) - 8)
-            for place, value in changes:
-                data[first + int(place * (end - first))] = value
-
-        forge(path, dense_lab, change)
+        forge_bytes(path, dense_lab, changes, tables)
         outcomes.add(compare(path, independent))
 
     damaged()
@@ -96,9 +91,7 @@ def test_plain_payloads(tmp_path_factory, plain_lab, independent, monkeypatch):
         plain_lab.write(path, {"a": 5}, ragged=ragged, k=3, vocab=40)
 
         def change(data, header_len, foot):
-            first, end = header_len + 40, foot - 8
-            for place, value in changes:
-                data[first + int(place * (end - first))] = value
+            set_bytes(data, header_len + 40, foot - 8, changes)
 
         reforge(path, plain_lab, change)
         outcomes.add(compare(path, independent))

@@ -55,14 +55,24 @@ def bare(tmp_path):
 def test_a_demanded_cuda_that_is_not_there_stops_the_build(tree, tmp_path, bare):
     python, lib = bare
     (tree / "csrc/any.cu").touch()
-    wrapper = tmp_path / "bin/nvcc"  # without cicc beside it, it is no toolkit
-    wrapper.parent.mkdir()
-    wrapper.write_text("#!/bin/sh\n")
-    wrapper.chmod(0o755)
-    demand = {"POTSTILL_CUDA": "1", "PYTHONPATH": lib}
-    done = run(["setup.py", "build_ext"], tree, wrapper.parent, python, **demand)
+    done = run(["setup.py", "build_ext"], tree, tmp_path / "empty", python, POTSTILL_CUDA="1", PYTHONPATH=lib)
     assert done.returncode == 1
     assert "no CUDA toolkit was found" in done.stderr and "pip install 'cuda-toolkit[nvcc" in done.stderr
+
+
+@pytest.mark.skipif(Path("/usr/local/cuda/bin/nvcc").exists(), reason="this machine has a CUDA toolkit")
+@pytest.mark.parametrize("wish", ["", "1"])
+def test_a_lone_nvcc_is_taken_only_where_cuda_is_demanded(tree, tmp_path, bare, wish):
+    python, lib = bare
+    (tree / "csrc/any.cu").touch()
+    wrapper = tmp_path / "toolkit/bin/nvcc"  # no cicc beside it: perhaps a wrapper of a whole toolkit, perhaps a stub
+    wrapper.parent.mkdir(parents=True)
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    code = "import sys; sys.argv = ['setup.py', '--version']; import setup; print('found', setup.find_cuda())"
+    done = run(["-c", code], tree, wrapper.parent, python, POTSTILL_CUDA=wish, PYTHONPATH=lib)
+    found = wrapper.resolve().parents[1] if wish else None
+    assert f"found {found}\n" in done.stdout, done.stderr
 
 
 def test_an_unknown_wish_for_cuda_stops_the_build(tree, tmp_path):

@@ -1,64 +1,22 @@
 //! The decoders over whole, cut and damaged bytes in memory: small enough for `cargo miri test --test decoder`, which
 //! tells of every read outside its bounds (`make miri`; no file is opened).
 
+mod common;
+
 use std::sync::Arc;
 
 use potstill_core::codec::dense::{train, Coded, Dense, Layout, Tables, Values};
 use potstill_core::codec::plain::Plain;
 use potstill_core::codec::{Codec, Shape};
 use potstill_core::format::{block, footer, header};
-use potstill_core::{Rows, RowsMut};
+use potstill_core::RowsMut;
+
+use common::{long, sorted, Given};
 
 const VOCAB: u32 = 300;
 /// Entries of a row, above the 32 that are decoded at once.
 const K: usize = 37;
 const ROWS: usize = 3;
-
-struct Given {
-    tokens: Vec<i32>,
-    counts: Vec<u16>,
-    ids: Vec<i32>,
-    log_probs: Vec<f32>,
-}
-
-// ties, gaps that need an escape, and with `ragged` rows of few entries and of none
-fn given(ragged: bool) -> Given {
-    let (mut seed, mut made) = (7u32, Given { tokens: vec![], counts: vec![], ids: vec![], log_probs: vec![] });
-    let mut next = |n: usize| {
-        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (seed >> 8) as usize % n
-    };
-    for row in 0..ROWS {
-        let count = if ragged { [K, 5, 0][row % 3] } else { K };
-        let (start, mut top) = (next(VOCAB as usize), -3.0f32);
-        for entry in 0..K {
-            top -= [0.0, 0.0, 0.1, 0.0, 0.3, 9.0][next(6)];
-            made.ids.push(if entry < count { ((start + 7 * entry) % VOCAB as usize) as i32 } else { -1 });
-            made.log_probs.push(if entry < count { top } else { f32::NEG_INFINITY });
-        }
-        made.counts.push(count as u16);
-        let before = if row > 0 { made.ids[(row - 1) * K + 1] } else { -1 };
-        made.tokens.push(if before >= 0 { before } else { next(400) as i32 });
-    }
-    made
-}
-
-impl Given {
-    fn rows(&self) -> Rows<'_> {
-        Rows {
-            k: K,
-            tokens: &self.tokens,
-            ids: &self.ids,
-            log_probs: &self.log_probs,
-            log_rest: &[-1.5; ROWS],
-            ..Rows::default()
-        }
-    }
-
-    fn shape(&self) -> Shape {
-        Shape { rows: ROWS, entries: self.counts.iter().map(|c| usize::from(*c)).sum() }
-    }
-}
 
 fn decode(codec: &Codec, payload: &[u8], shape: Shape, rows: usize) -> Option<(Vec<i32>, Vec<i32>)> {
     let (mut tokens, mut ids) = (vec![-9; rows], vec![-9; rows * K]);
@@ -72,11 +30,7 @@ fn decode(codec: &Codec, payload: &[u8], shape: Shape, rows: usize) -> Option<(V
 
 // whole, in part, cut and with flipped bits
 fn exercise(codec: &Codec, payload: &[u8], given: &Given) {
-    let (shape, sorted) = (given.shape(), |ids: &[i32]| {
-        let mut ids = ids.to_vec();
-        ids.sort_unstable();
-        ids
-    });
+    let shape = Shape { rows: ROWS, entries: given.counts.iter().map(|c| usize::from(*c)).sum() };
     for rows in [ROWS, 1] {
         let (tokens, ids) = decode(codec, payload, shape, rows).expect("the rows");
         assert_eq!(tokens, given.tokens[..rows]);
@@ -100,8 +54,8 @@ fn dense(values: Values) {
     for ragged in [false, true] {
         let codec = if let Values::Shifted { .. } = values { 2 } else { 1 };
         let layout = Layout { codec, values, vocab_size: VOCAB, k: K as u32, extra: 0, sampled: false };
-        let given = given(ragged);
-        let coded = Coded::new(&layout, &given.rows(), &given.counts).expect("codes");
+        let given = long(VOCAB as usize, K, ROWS, ragged);
+        let coded = Coded::new(&layout, &given.rows(K), &given.counts).expect("codes");
         let mut codecs = vec![Dense::new(layout)];
         if !cfg!(miri) && !ragged {
             let tables = train(layout, &vec![coded.clone(); 4096 / coded.ids.len() + 1]).expect("tables");
@@ -138,9 +92,9 @@ fn half_and_whole_payloads() {
 #[test]
 fn plain_payloads() {
     for ragged in [false, true] {
-        let (given, plain) = (given(ragged), Plain::new(VOCAB, K as u32));
+        let (given, plain) = (long(VOCAB as usize, K, ROWS, ragged), Plain::new(VOCAB, K as u32));
         let mut payload = Vec::new();
-        plain.encode(&given.rows(), &given.counts, &mut payload);
+        plain.encode(&given.rows(K), &given.counts, &mut payload);
         exercise(&Codec::Plain(plain), &payload, &given);
     }
 }

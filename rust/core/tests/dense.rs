@@ -1,24 +1,16 @@
 //! The dense codec: every kind of values reads back within its bound, whatever the rows and the tables.
 
+mod common;
+
 use potstill_core::codec::dense::{train, Coded, Dense, Layout, Values};
 use potstill_core::codec::Shape;
-use potstill_core::{Rows, RowsMut};
+use potstill_core::RowsMut;
 use proptest::prelude::*;
+
+use common::{long, sorted, Given};
 
 const VOCAB: u32 = 500;
 const K: usize = 7;
-
-#[derive(Debug, Clone, Default)]
-struct Given {
-    tokens: Vec<i32>,
-    counts: Vec<u16>,
-    ids: Vec<i32>,
-    log_probs: Vec<f32>,
-    log_rest: Vec<f32>,
-    extra: Vec<f32>,
-    lse: Vec<f32>,
-    draws: Vec<i32>,
-}
 
 fn layout(values: Values, extra: usize, sampled: bool) -> Layout {
     let codec = if let Values::Shifted { .. } = values { 2 } else { 1 };
@@ -26,19 +18,6 @@ fn layout(values: Values, extra: usize, sampled: bool) -> Layout {
 }
 
 impl Given {
-    fn rows(&self) -> Rows<'_> {
-        Rows {
-            k: K,
-            tokens: &self.tokens,
-            ids: &self.ids,
-            log_probs: &self.log_probs,
-            log_rest: &self.log_rest,
-            extra: &self.extra,
-            lse: &self.lse,
-            draws: &self.draws,
-        }
-    }
-
     fn poisoned(layout: &Layout, n: usize) -> Given {
         let lse = if layout.values == Values::Bf16Logits { n } else { 0 };
         Given {
@@ -131,7 +110,7 @@ fn near(layout: &Layout, given: f32, got: f32) -> bool {
 
 fn check(dense: &Dense, given: &Given) -> Result<(), TestCaseError> {
     let (layout, n) = (&dense.layout, given.tokens.len());
-    let coded = Coded::new(layout, &given.rows(), &given.counts).expect("codes");
+    let coded = Coded::new(layout, &given.rows(K), &given.counts).expect("codes");
     let mut payload = Vec::new();
     dense.encode(&coded, 0, n, 0, &mut payload);
     let shape = Shape { rows: n, entries: coded.ids.len() };
@@ -175,7 +154,7 @@ fn check(dense: &Dense, given: &Given) -> Result<(), TestCaseError> {
     let mut got = Given::poisoned(layout, n);
     dense.decode(&payload, shape, got.out(), None).expect("the rows");
     got.tokens = given.tokens.clone();
-    prop_assert_eq!(&Coded::new(layout, &got.rows(), &given.counts).expect("codes again"), &coded);
+    prop_assert_eq!(&Coded::new(layout, &got.rows(K), &given.counts).expect("codes again"), &coded);
     let mut tokens = vec![0; n];
     dense.decode_tokens(&payload, shape, &mut tokens).expect("tokens");
     prop_assert_eq!(&tokens, &given.tokens);
@@ -192,7 +171,7 @@ proptest! {
 
     #[test]
     fn trained_tables_read_back((layout, given) in any_case()) {
-        let coded = Coded::new(&layout, &given.rows(), &given.counts).expect("codes");
+        let coded = Coded::new(&layout, &given.rows(K), &given.counts).expect("codes");
         let many: Vec<Coded> = std::iter::repeat_n(coded.clone(), 4096usize.div_ceil(coded.ids.len().max(1)).min(5000)).collect();
         let Some(tables) = train(layout, &many) else { return Ok(()) };
         let again = potstill_core::codec::dense::Tables::decode(&tables.bytes, layout).expect("tables");
@@ -204,7 +183,7 @@ proptest! {
     #[test]
     fn any_payload_is_rows_or_an_error((layout, given) in any_case(), changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6), cut in 0usize..30) {
         let dense = Dense::new(layout);
-        let coded = Coded::new(&layout, &given.rows(), &given.counts).expect("codes");
+        let coded = Coded::new(&layout, &given.rows(K), &given.counts).expect("codes");
         let (mut payload, n) = (Vec::new(), given.tokens.len());
         dense.encode(&coded, 0, n, 0, &mut payload);
         for (at, value) in changes {
@@ -226,32 +205,6 @@ proptest! {
     }
 }
 
-// rows of k entries over 3,000 ids; runs of equal log-probabilities, and gaps that need an escape
-fn long(k: usize, n: usize, ragged: bool) -> Given {
-    const V: usize = 3000;
-    let mut seed = k as u32;
-    let mut next = || {
-        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (seed >> 8) as usize
-    };
-    let mut given = Given::default();
-    for i in 0..n {
-        let count = if ragged { next() % (k + 1) } else { k };
-        let (start, mut top) = (next() % V, -0.02 * (next() % 50) as f32);
-        for j in 0..k {
-            let gap = [0.0, 0.0, 0.1, 0.0, 0.3, 0.07, 0.0, 9.0][next() % if j < 9 { 8 } else { 7 }];
-            top -= gap;
-            given.ids.push(if j < count { ((start + 7 * j) % V) as i32 } else { -1 });
-            given.log_probs.push(if j < count { top } else { f32::NEG_INFINITY });
-        }
-        given.counts.push(count as u16);
-        let before = if i > 0 { given.ids[(i - 1) * k + next() % k] } else { -1 };
-        given.tokens.push(if before >= 0 && next() % 2 == 0 { before } else { (next() % V) as i32 });
-        given.log_rest.push(-1.0);
-    }
-    given
-}
-
 #[test]
 fn long_rows_read_back() {
     for k in [1usize, 31, 32, 33, 64, 65, 100, 1500] {
@@ -260,8 +213,8 @@ fn long_rows_read_back() {
         {
             let (n, codec) = (if k > 100 { 5 } else { 90 }, if values == Values::Fp16 { 1 } else { 2 });
             let layout = Layout { codec, values, vocab_size: 3000, k: k as u32, extra: 0, sampled: false };
-            let given = long(k, n, ragged);
-            let rows = Rows { k, ..given.rows() };
+            let given = long(3000, k, n, ragged);
+            let rows = given.rows(k);
             let coded = Coded::new(&layout, &rows, &given.counts).expect("codes");
             let trained = train(layout, &vec![coded.clone(); 1 + 5000 / coded.ids.len().max(1)]).expect("tables");
             let trained = Dense { layout, tables: std::sync::Arc::new(trained) };
@@ -282,11 +235,6 @@ fn long_rows_read_back() {
                     dense.decode(&payload, shape, out, Some(&mut tokens)).expect("the rows");
                     assert_eq!(tokens, given.tokens[..read]);
                     for (row, want) in ids.chunks(k).zip(given.ids.chunks(k)) {
-                        let sorted = |ids: &[i32]| {
-                            let mut ids = ids.to_vec();
-                            ids.sort_unstable();
-                            ids
-                        };
                         assert_eq!(sorted(row), sorted(want), "k = {k}");
                     }
                     assert!(log_probs.iter().zip(&given.log_probs).all(|(a, b)| near(&layout, *b, *a)), "k = {k}");
