@@ -17,6 +17,7 @@ from potstill.bench import cache_rivals, cache_rows, fidelity, losses, objective
 from potstill.bench.cases import FRESH, Case, Shape
 from potstill.bench.command import bench
 from potstill.bench.measure import in_turns, machine, peak_in_process
+from potstill.bench.summary import summary
 from potstill.bench.tables import fidelity_tables
 from potstill.teachers import TopK
 
@@ -250,6 +251,29 @@ def test_docs_are_written_between_the_marks(tmp_path):
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="README"):
         run.write_docs({"machine": machine, "losses": [], "topk": [], "cache": []}, tmp_path)
+
+
+def test_the_readme_lists_every_rival_the_best_first():
+    def loss(variant, over, peak, case="a"):
+        return {"case": case, "variant": variant, "over_floor": over, "peak_bytes": peak}
+
+    def stored(variant, size, decode, long=None):
+        rate = {"long_tokens_per_second": long} if long else {}
+        case = {"case": "rows", "variant": variant, "bytes_per_token": size, "random_tokens_per_second": 1e6}
+        return {**case, "decode_tokens_per_second": decode, **rate}
+
+    rows = [loss("eager", 2, 5e6), loss("potstill", 1.5, 9e6), loss("x", 1, 7e6), loss(FRESH, 1, 0)]
+    rivals = [stored("potstill, 1/16", 100, 2e6, 1e6), stored("potstill, 1/32", 90, 3e6), stored("x", 300, 1e6)]
+    found = {"losses": [*rows, loss("potstill", 3, None, "b")], "cache": [*rivals, stored("y", 400, 4e6)]}
+    assert summary(found).splitlines()[2:] == [
+        "| a: time over its matrix products alone | 1.50 | x 1.00; eager 2.00 |",
+        "| its peak memory | 9 MB | eager 5 MB; x 7 MB |",
+        "| b: time over its matrix products alone | 3.00 |  |",
+        "| cache, rows: bytes a token | 100 | x 300; y 400 |",
+        "| its tokens/s decoded | 2.00 M | y 4.00 M; x 1.00 M |",
+        "| at random, us for 1,000 tokens | 1,000 | x 1,000; y 1,000 |",
+        "| its tokens/s of 300,000 written, synced | 1.00 M |  |",
+    ]
 
 
 def test_records_have_the_columns_of_kernel_benchmarks(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ import torch
 from potstill.bench import cache, cache_rows, fidelity, losses, objectives, plots, records, rivals, sweeps, topk, xtok
 from potstill.bench.cases import Shape
 from potstill.bench.measure import machine
-from potstill.bench.tables import fidelity_tables, tables
+from potstill.bench.summary import summary
+from potstill.bench.tables import fidelity_tables, made_on, tables
 
 Row = dict[str, Any]
 SECTIONS = (
@@ -150,7 +151,7 @@ def write_docs(found: Row, root: Path) -> None:
     apart = ("xtok", "fidelity")  # have marks of their own: a run of these alone leaves the other figures
     alone = any(found.get(name) for name in apart)
     if not alone or any(value for name, value in found.items() if name not in (*apart, "machine")):
-        between(root / "README.md", MARK, tables(found, brief=True))
+        between(root / "README.md", MARK, f"{summary(found)}\n\n{made_on(found)}")
         between(docs / "performance.md", MARK, tables({**found, "xtok": []}))
     if found.get("xtok"):
         between(docs / "performance.md", XTOK_MARK, tables({"machine": found["machine"], "xtok": found["xtok"]}))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from potstill.bench.cases import FRESH
-
 Row = dict[str, Any]
 
 
@@ -137,23 +135,16 @@ def fidelity_tables(found: Row) -> str:
     return f"{fidelity(rows)}\n\n{about}"
 
 
-def tables(found: Row, brief: bool = False) -> str:
-    """Every section that has rows, and what they were made on; `brief`: what the README shows."""
+def tables(found: Row) -> str:
+    """Every section that has rows, and what they were made on."""
     makers = dict(
         losses=losses, models=losses, threads=losses, ceilings=ceilings, divergences=divergences, precision=precision,
         memory=memory, topk=topk, cost=cost, cache=cache, xtok=xtok, fidelity=fidelity,
     )  # fmt: skip
-    if brief:
-        kept = {name: found.get(name, []) for name in ("losses", "topk", "cache", "xtok")}
-        first = {r["case"]: None for r in kept["topk"]}
-        chosen = [case for case in first if "gaussian" in case or "alone" in case]
-        kept["losses"] = [r for r in kept["losses"] if r["variant"] != FRESH]
-        kept["topk"] = [r for r in kept["topk"] if r["case"] in chosen]
-        for name in ("cache", "xtok"):  # their first case
-            kept[name] = [r for r in kept[name] if r["case"] == kept[name][0]["case"]]
-        found = {**kept, "machine": found["machine"]}
-    parts = [make(found[name]) for name, make in makers.items() if found.get(name)]
+    return "\n\n".join([*(make(found[name]) for name, make in makers.items() if found.get(name)), made_on(found)])
+
+
+def made_on(found: Row) -> str:
     m = found["machine"]
     made = f"Made on {m['cpu']}, {m['cores']} cores ({m['capability']}), torch {m['torch']}, potstill {m['potstill']}"
-    others = "".join(f", {name} {version}" for name, version in m.get("rivals", {}).items())
-    return "\n\n".join([*parts, made + others + "."])
+    return made + "".join(f", {name} {version}" for name, version in m.get("rivals", {}).items()) + "."
