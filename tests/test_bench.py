@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from potstill import divergences
 from potstill.bench import cache as cache_bench
-from potstill.bench import cache_rivals, cache_rows, fidelity, losses, objectives, rivals, run, sweeps, topk
+from potstill.bench import cache_rivals, cache_rows, fidelity, losses, objectives, plots, rivals, run, sweeps, topk
 from potstill.bench.cases import FRESH, Case, Shape
 from potstill.bench.command import bench
 from potstill.bench.measure import in_turns, machine, peak_in_process
@@ -323,6 +323,17 @@ def test_records_have_the_columns_of_kernel_benchmarks(tmp_path, monkeypatch):
     assert json.loads(speed[0]["extra_benchmark_config_str"])["vocab"] == SMALL.vocab
     drawn = {p.name for p in (tmp_path / "plots").iterdir()}
     assert drawn == {"losses.png", "memory.png", "topk.png", "roofline.png"}
+
+
+def test_logarithmic_ticks_are_plain_numbers():
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    found = [{"variant": "potstill", "x": x, x: n, "over_read": n / 5} for x in ("vocab", "k") for n in (64, 512, 8192)]
+    assert plots.topk(figure, {"cost": found})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        across, up = ([t.get_text() for t in axis.get_majorticklabels()] for axis in (axes.xaxis, axes.yaxis))
+        assert {"64", "512", "8k"} <= set(across) and {"20", "50", "100"} <= set(up)
+        assert not any(tick.get_text() for tick in axes.yaxis.get_minorticklabels())
 
 
 def test_sweeps_cover_models_and_threads(monkeypatch):

@@ -64,6 +64,7 @@ def picture(axis, runs) -> None:
         label = "student" if what != "its loss" else "teacher itself"
         axis.plot(WIDTHS, means(runs, what), "o-", color=colour, label=label)
     axis.set_xscale("log", base=2)
+    axis.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
     axis.set_xlabel("width of the teacher")
     axis.set_ylabel("held-out cross-entropy, nats")
     axis.legend()

@@ -80,7 +80,8 @@ def verdict(runs: list[dict]) -> tuple[bool, str]:
 
 def picture(axis, runs) -> None:
     names = ("dense", "not tuned", "cross-entropy", "and logits", "and SquareHead")
-    bars(axis, runs, {f"{name}: held-out loss": name for name in names}, "held-out cross-entropy, nats")
+    labels = {f"{name}: held-out loss": name.replace("and ", "with ") for name in names}
+    bars(axis, runs, labels, "held-out cross-entropy, nats")
 
 
 def main(argv=None) -> dict:

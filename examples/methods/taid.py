@@ -56,7 +56,6 @@ def verdict(runs: list[dict]) -> tuple[bool, str]:
 def picture(axis, runs) -> None:
     names = {"forward_kl curve": "forward KL", "taid curve": "TAID"}
     curves(axis, runs, names, "step", "held-out KL(teacher || student), nats")
-    axis.set_yscale("log")
 
 
 def main(argv=None) -> dict:

@@ -37,6 +37,18 @@ def finish(axes: Any, x: str, y: str, title: str) -> None:
         axes.spines[side].set_visible(False)
 
 
+def logarithmic(axes: Any) -> None:
+    """Both axes: x in powers of two, y in decades, their ticks as plain numbers (512, 4k, 0.05)."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def lines(axes: Any, rows: list[Row], x: str, y: str, scale: float = 1.0) -> None:
     """One line a variant; percentiles as bars where the rows have them."""
     for name in dict.fromkeys(r["variant"] for r in rows):
@@ -54,8 +66,8 @@ def lines(axes: Any, rows: list[Row], x: str, y: str, scale: float = 1.0) -> Non
 def bars(axes: Any, rows: list[Row], column: str) -> None:
     """Groups by case, one bar a variant."""
     cases, names = (list(dict.fromkeys(r[c] for r in rows)) for c in ("case", "variant"))
-    width = 0.8 / len(names)
     there = {c: [n for n in names if any(r["case"] == c and r["variant"] == n for r in rows)] for c in cases}
+    width = 0.8 / max(map(len, there.values()))
     for name in names:
         mine = {r["case"]: r[column] for r in rows if r["variant"] == name and r[column] is not None}
         at = [
@@ -107,8 +119,7 @@ def topk(figure: Any, found: Row) -> bool:
         return False
     for axes, x in zip(figure.subplots(1, 2), ("vocab", "k"), strict=True):
         lines(axes, [r for r in rows if r["x"] == x], x, "over_read")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        logarithmic(axes)
         fixed = "k = 64" if x == "vocab" else "V = 151,936"
         finish(
             axes,
@@ -155,8 +166,7 @@ def roofline(figure: Any, found: Row) -> bool:
         points = [(*work(r), r["seconds"]) for r in rows if r["variant"] == name]
         xs, ys = [f / b for f, b, _ in points], [f / s / 1e9 for f, _, s in points]
         axes.plot(xs, ys, linestyle="", markersize=6, label=name, **style(name))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    logarithmic(axes)
     axes.legend(frameon=False, fontsize=8)
     finish(axes, "flop a byte of inputs and gradients", "Gflop/s", "Roofline of the loss, fp32")
     return True
@@ -171,8 +181,7 @@ def fidelity(figure: Any, found: Row) -> bool:
         mine = [r for r in rows if r["variant"] == name]
         errors = [r["gradient_error"] for r in mine]
         axes.plot([r["k"] for r in mine], errors, label=name, color=colour, marker=marker, linewidth=1.5, markersize=4)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    logarithmic(axes)
     axes.legend(frameon=False, fontsize=8, title="tail", title_fontsize=8)
     finish(axes, "k", "error of the gradient / gradient", "Kept rows against whole ones, SmolLM2-135M, forward KL")
     return True
