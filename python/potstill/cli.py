@@ -161,6 +161,8 @@ def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, a
     from potstill.cache import tools
 
     report = tools.verify_cache(path, deep=deep)
+    if not (as_json or report.ok or (path / "manifest.json").exists() or (path / "log").exists()):
+        tools.inspect_cache(path)  # raises: there is no cache here
     problems = [str(problem) for problem in report.problems]
     facts = {"sequences": report.sequences, "tokens": report.tokens, "bytes": report.bytes}
     spec = tools.inspect_cache(path)["spec"] if report.ok else {}
@@ -172,6 +174,8 @@ def verify(path: Path, deep: bool, tokenizer: str | None, teacher: str | None, a
         click.echo(
             f"whole: {sums}" if report.ok else f"damaged: {len(problems)} problem(s) in {sums}", err=not report.ok
         )
+        if not report.ok:
+            click.echo(printable(f"what is whole of it can be kept: potstill recover {path}"), err=True)
         for name, value in says.items() if report.ok else ():
             click.echo(printable(f"{name.replace('_', ' ')}: {value or 'not said'}"))
     strange = _strange(path, tokenizer, teacher) if report.ok else []
@@ -212,15 +216,16 @@ def recover(path: Path, as_json: bool) -> None:
 
 
 @click.command()
+@click.option("--reasons", is_flag=True, help="What each backend answers to each kind of tensor, and why not.")
 @AS_JSON
-def doctor(as_json: bool) -> None:
-    """Say what was built, what this machine has, and what each backend says to a CPU and to a CUDA tensor.
+def doctor(reasons: bool, as_json: bool) -> None:
+    """Say what was built, what this machine has, and which backend serves each operation on the CPU and on CUDA.
 
     Exit 1 when an extension is missing that the package needs, or when an op has no backend.
     """
     from potstill import doctor as check
 
-    sys.exit(check.report(as_json))
+    sys.exit(check.report(as_json, reasons))
 
 
 if __name__ == "__main__":

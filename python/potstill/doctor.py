@@ -56,10 +56,10 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 COLUMNS, K = 49152, 64  # an ordinary vocabulary and cache, for backends that ask
 
 
-def report(as_json: bool = False) -> int:
-    """Prints the findings; returns 0 when nothing is wrong, else 1."""
+def report(as_json: bool = False, reasons: bool = False) -> int:
+    """Prints the findings, `reasons` with what every backend answered; returns 0 when nothing is wrong, else 1."""
     facts = collect()
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(lines(facts)))
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(lines(facts, reasons)))
     return 1 if facts["problems"] else 0
 
 
@@ -183,7 +183,35 @@ def backends(torch: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def lines(facts: dict[str, Any]) -> list[str]:
+def served(rows: list[dict[str, Any]]) -> list[str]:
+    """A line an op: the backend for most dtypes on each device, others behind it with their dtypes."""
+    cells: dict[str, dict[str, str]] = {}
+    for op, device in dict.fromkeys((row["op"], row["device"]) for row in rows):
+        by: dict[str, list[str]] = {}  # backend -> dtypes, those of fp32 first
+        for row in rows:
+            if (row["op"], row["device"]) == (op, device):
+                by.setdefault(row["serves"] or "none", []).append(row["dtype"])
+        first, *others = by
+        rest = "; ".join(f"{', '.join(by[name])}: {name}" for name in others)
+        cells.setdefault(op, {})[device] = first + (f" ({rest})" if rest else "")
+    table = [["", "cpu", "cuda"], *([op, found["cpu"], found["cuda"]] for op, found in cells.items())]
+    widths = [max(len(line[i]) for line in table) for i in range(2)]
+    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in table]
+
+
+def answers(rows: list[dict[str, Any]]) -> list[str]:
+    """What every backend says to each op and device, dtypes with the same answers together."""
+    said: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        said.setdefault((row["op"], row["device"], tuple(row["answers"])), []).append(row["dtype"])
+    out = []
+    for (op, device, given), dtypes in said.items():
+        out.append(f"  {op}, {device}: {', '.join(dtypes)}")
+        out += [f"    {backend:<7} {'serves' if refusal is None else 'no: ' + refusal}" for backend, refusal in given]
+    return out
+
+
+def lines(facts: dict[str, Any], reasons: bool = False) -> list[str]:
     """The findings as text."""
     out = [f"potstill {facts['version']}", "", "Built"]
     out += [f"  {name:<6} {found['detail']}" for name, found in facts["built"].items()]
@@ -195,13 +223,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if extras:
         out.append(f"  incomplete extras: {', '.join(extras)} (pip install 'potstill[{extras[0]}]')")
     out += [f"  note: {note}" for note in facts["notes"]]
-    out += ["", "Backends, best first"]
-    said: dict[tuple[Any, ...], list[str]] = {}  # dtypes with the same answers share a line
-    for row in facts["backends"]:
-        said.setdefault((row["op"], row["device"], tuple(row["answers"])), []).append(row["dtype"])
-    for (op, device, answers), dtypes in said.items():
-        out.append(f"  {op}, {device}: {', '.join(dtypes)}")
-        out += [f"    {backend:<7} {'serves' if refusal is None else 'no: ' + refusal}" for backend, refusal in answers]
+    out += ["", "What serves (--reasons: and why not another)", *served(facts["backends"])]
+    if reasons:
+        out += ["", "Backends, best first", *answers(facts["backends"])]
     out.append("")
     out += [f"problem: {problem}" for problem in facts["problems"]] or ["all is well"]
     return out

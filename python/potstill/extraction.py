@@ -103,7 +103,7 @@ class _Wanted:
                  temperatures: Sequence[float], out: TopK | None):  # fmt: skip
         most = min(MAX_K, side.vocab_size)
         if not isinstance(k, int) or not 1 <= k <= most:
-            raise ValueError(f"k={k!r} is outside 1..{most} (the vocabulary has {side.vocab_size})")
+            raise ValueError(f"k={k!r} is not a whole number in 1..{most} (the vocabulary has {side.vocab_size})")
         self.lead, self.k, self.out = lead, k, out
         self.asked = list(dict.fromkeys(check_temperature(t) for t in temperatures))
         self.temperatures = [t for t in self.asked if t != 1]

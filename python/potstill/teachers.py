@@ -52,7 +52,8 @@ class Head:
     def __post_init__(self) -> None:
         w = self.weight
         if not isinstance(w, Tensor) or not w.is_floating_point():
-            raise TypeError(f"Head weight must be a floating-point tensor [V, D], not {describe(w)}")
+            given = f"{describe(w)}; give Head(layer.weight, layer.bias)" if hasattr(w, "weight") else describe(w)
+            raise TypeError(f"Head weight must be a floating-point tensor [V, D], not {given}")
         if type(w).__name__ == "DTensor" or (self.bias is not None and type(self.bias).__name__ == "DTensor"):
             raise TypeError(
                 "Head weight or bias is a sharded DTensor; gather it with potstill.distributed.materialized_head(model)"

