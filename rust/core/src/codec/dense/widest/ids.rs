@@ -81,8 +81,10 @@ fn walk_avx2(tables: &Tables, begin: &Begin<'_>, codes: &[u32], ids: &mut [i32])
                 &copy
             }
         };
-        let bases = bases(tables, class, step);
-        let mut ranks = [0, 1, 2, 3].map(|g| _mm256_add_epi32(parts.raw(g, reach), bases[g]));
+        let mut ranks = bases(tables, class, step);
+        for (g, rank) in ranks.iter_mut().enumerate() {
+            *rank = _mm256_add_epi32(*rank, parts.raw(g, reach)); // as a closure it is not inlined
+        }
         before = add_steps(&mut ranks, step, before);
         let largest = _mm256_max_epu32(_mm256_max_epu32(ranks[0], ranks[1]), _mm256_max_epu32(ranks[2], ranks[3]));
         let inside = _mm256_cmpeq_epi32(_mm256_max_epu32(largest, last_rank), last_rank);
