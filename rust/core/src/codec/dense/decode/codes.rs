@@ -2,7 +2,7 @@
 
 use super::super::bitstream::BitReader;
 use super::super::prefix::{PrefixCode, LANES, RUN_BITS};
-use super::Wide;
+use super::{Wide, GROUP};
 
 /// Sums that a look-up writes, of which at most LANES count.
 pub const WRITTEN: usize = 8;
@@ -11,25 +11,60 @@ const LOOK_UPS: usize = 57 / RUN_BITS as usize;
 /// Sums that the look-ups of a window write at most.
 const REACH: usize = LOOK_UPS * LANES + WRITTEN;
 /// Sums that are written behind the last one wanted.
-pub const OVERRUN: usize = WRITTEN;
+const OVERRUN: usize = WRITTEN;
 
-/// Writes 0 and the running sums, which may wrap, of the next n numbers: n + 1 in all. `sums` holds OVERRUN more.
-#[inline(always)]
-pub fn sums<W: Wide>(prefix: &PrefixCode, stream: &mut BitReader<'_>, n: usize, sums: &mut [u32]) -> Option<()> {
-    let mut bits = stream.clone();
-    let sums = sums.get_mut(..1 + n + OVERRUN)?;
-    let (mut at, mut sum) = (1, 0u32);
-    sums[0] = 0;
-    // windows whose look-ups all stay before the end
-    while let Some(slots) = sums.get_mut(at..).and_then(|rest| rest.first_chunk_mut::<REACH>()) {
-        let mut window = bits.window()?;
-        let (mut count, mut length, mut escaped) = (0, 0, false);
+/// Sums of rows to come. Each look-up waits for the one before it, so they are read a window at a time between other work.
+pub struct Ahead<'a> {
+    stream: BitReader<'a>,
+    /// One that is none of them, and those up to `at`.
+    sums: Vec<u32>,
+    at: usize,
+    end: usize,
+    last: u32,
+}
+
+impl<'a> Ahead<'a> {
+    /// For at most `most` sums at once.
+    pub fn new(bytes: &'a [u8], most: usize) -> Self {
+        Ahead { stream: BitReader::new(bytes), sums: Self::memory(most), at: 2, end: 2, last: 0 }
+    }
+
+    /// One more, those, and some that fill up a group.
+    pub fn memory(most: usize) -> Vec<u32> {
+        vec![0; 1 + most + OVERRUN.max(GROUP)]
+    }
+
+    /// What comes next are 0 and the running sums, which may wrap, of n numbers: n + 1 in all.
+    #[inline(always)]
+    pub fn begin(&mut self, n: usize) {
+        self.sums[1] = 0;
+        (self.at, self.end, self.last) = (2, 2 + n, 0);
+    }
+
+    /// Reads a window whose look-ups all stay before the end. What goes wrong here, `finish` meets again.
+    #[inline(always)]
+    pub fn step<W: Wide>(&mut self, prefix: &PrefixCode) {
+        let _ = self.window::<W>(prefix);
+    }
+
+    // whether there was one; without numbers nothing is changed
+    #[inline(always)]
+    fn window<W: Wide>(&mut self, prefix: &PrefixCode) -> Option<bool> {
+        let slots = self.sums.get_mut(self.at..self.end + OVERRUN)?;
+        let Some(slots) = slots.first_chunk_mut::<{ REACH + 1 }>() else { return Some(false) };
+        let mut window = self.stream.window()?;
+        let (mut count, mut length, mut sum) = (0, 0, self.last);
         for _ in 0..LOOK_UPS {
             let run = prefix.run(window);
             let slots: &mut [u32; WRITTEN] = slots.get_mut(count..count + WRITTEN)?.try_into().ok()?;
             *slots = W::raised(run.sums(), sum);
-            escaped = run.count() == 0;
-            if escaped {
+            if run.count() == 0 {
+                let mut bits = self.stream.clone();
+                bits.at += length;
+                sum = sum.wrapping_add(prefix.take(&mut bits)?);
+                slots[0] = sum;
+                length = bits.at - self.stream.at;
+                count += 1;
                 break;
             }
             window >>= run.length() % 64;
@@ -37,37 +72,47 @@ pub fn sums<W: Wide>(prefix: &PrefixCode, stream: &mut BitReader<'_>, n: usize, 
             sum = sum.wrapping_add(run.total());
             count += run.count();
         }
-        bits.at += length;
-        at += count;
-        if escaped {
-            sum = sum.wrapping_add(prefix.take(&mut bits)?);
-            *sums.get_mut(at)? = sum;
-            at += 1;
-        }
+        self.stream.at += length;
+        (self.at, self.last) = (self.at + count, sum);
+        Some(true)
     }
-    while at <= n {
-        let window = bits.window()?;
-        let run = prefix.run(window);
-        let slots: &mut [u32; WRITTEN] = sums.get_mut(at..at + WRITTEN)?.try_into().ok()?;
-        *slots = W::raised(run.sums(), sum);
-        match run.count() {
-            0 => {
-                sum = sum.wrapping_add(prefix.take(&mut bits)?);
-                sums[at] = sum;
-                at += 1;
-            }
-            count if count > n + 1 - at => {
-                // the rest of the look-up belongs to other rows
-                bits.at += prefix.length_of(window, n + 1 - at);
-                break;
-            }
-            count => {
-                bits.at += run.length();
-                sum = sum.wrapping_add(run.total());
-                at += count;
+
+    /// Reads what is left; `sums` and these change places.
+    #[inline(always)]
+    pub fn finish<W: Wide>(&mut self, prefix: &PrefixCode, sums: &mut Vec<u32>) -> Option<()> {
+        while self.window::<W>(prefix)? {}
+        let (end, mut bits) = (self.end, self.stream.clone());
+        while self.at < end {
+            let window = bits.window()?;
+            let run = prefix.run(window);
+            let slots: &mut [u32; WRITTEN] = self.sums.get_mut(self.at..self.at + WRITTEN)?.try_into().ok()?;
+            *slots = W::raised(run.sums(), self.last);
+            match run.count() {
+                0 => {
+                    self.last = self.last.wrapping_add(prefix.take(&mut bits)?);
+                    slots[0] = self.last;
+                    self.at += 1;
+                }
+                count if count > end - self.at => {
+                    // the rest of the look-up belongs to other rows
+                    bits.at += prefix.length_of(window, end - self.at);
+                    break;
+                }
+                count => {
+                    bits.at += run.length();
+                    self.last = self.last.wrapping_add(run.total());
+                    self.at += count;
+                }
             }
         }
+        self.stream.at = bits.at;
+        std::mem::swap(&mut self.sums, sums);
+        (self.at, self.end) = (2, 2);
+        Some(())
     }
-    stream.at = bits.at;
-    Some(())
+
+    /// The stream must end here: `len` bytes.
+    pub fn ended(&self, len: usize) -> Result<(), String> {
+        self.stream.end(len)
+    }
 }

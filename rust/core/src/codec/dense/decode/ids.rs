@@ -3,6 +3,7 @@
 use super::super::bitstream::SLACK;
 use super::super::classes::CLASSES;
 use super::super::tables::Tables;
+use super::Ahead;
 
 /// Memory for codes is a multiple of it.
 pub const GROUP: usize = 32;
@@ -16,12 +17,19 @@ pub struct Begin<'a> {
 }
 
 /// Takes a row's ids and gives the bit behind them; None when a rank is none of the vocabulary or the bytes end. The codes of
-/// the entries, or numbers as far from each other, stand behind any other number and before some that fill up a group.
-pub type Walk = fn(&Tables, &Begin<'_>, &[u32], &mut [i32]) -> Option<usize>;
+/// the entries, or numbers as far from each other, stand behind any other number and before some that fill up a group. It may
+/// read ahead meanwhile.
+pub type Walk = fn(&Tables, &Begin<'_>, &[u32], &mut [i32], &mut Ahead<'_>) -> Option<usize>;
 
 /// `N` ids from each window.
 #[inline(always)]
-pub fn walk<const N: usize>(tables: &Tables, begin: &Begin<'_>, codes: &[u32], ids: &mut [i32]) -> Option<usize> {
+pub fn walk<const N: usize>(
+    tables: &Tables,
+    begin: &Begin<'_>,
+    codes: &[u32],
+    ids: &mut [i32],
+    _: &mut Ahead<'_>,
+) -> Option<usize> {
     let (ranks, id_of) = (&*tables.ranks, tables.dictionary.id_of.as_slice());
     let (mut rank, mut nibble, mut at) = (0u32, begin.nibble, begin.bit);
     let (befores, codes) = (codes.get(..ids.len())?, codes.get(1..1 + ids.len())?);

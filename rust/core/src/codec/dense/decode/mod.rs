@@ -5,7 +5,8 @@ mod ids;
 mod parts;
 mod sinks;
 
-use self::codes::{sums, OVERRUN};
+pub use self::codes::Ahead;
+use self::codes::WRITTEN;
 pub use self::ids::{walk, Begin, Walk, GROUP};
 use self::parts::{split, Parts};
 use self::sinks::Row;
@@ -20,12 +21,12 @@ use crate::codec::Shape;
 use crate::rows::TOLERANCE;
 
 /// Differences that are read at once where rows are whole.
-const AHEAD: usize = 1024;
+const AT_ONCE: usize = 1024;
 
 /// The steps that compilers do not find vectors for.
 pub trait Wide {
     /// Bytes as words, `from` added to each without regard to overflow.
-    fn raised(bytes: &[u8; 8], from: u32) -> [u32; OVERRUN];
+    fn raised(bytes: &[u8; 8], from: u32) -> [u32; WRITTEN];
 }
 
 /// Without vectors.
@@ -33,7 +34,7 @@ pub struct Narrow;
 
 impl Wide for Narrow {
     #[inline(always)]
-    fn raised(bytes: &[u8; 8], from: u32) -> [u32; OVERRUN] {
+    fn raised(bytes: &[u8; 8], from: u32) -> [u32; WRITTEN] {
         bytes.map(|byte| from.wrapping_add(u32::from(byte)))
     }
 }
@@ -43,17 +44,19 @@ pub struct Decoder<'a> {
     tables: &'a Tables,
     parts: Parts<'a>,
     nibble: usize,
-    differences: BitReader<'a>,
     raw: BitReader<'a>,
     entries: usize,
     walk: Walk,
     /// Behind one that is none of them, and filled up to a whole group.
     codes: Vec<u32>,
-    /// Running sums of the differences of the next rows, in the same way.
+    /// Running sums of the differences of this row and the next ones, in the same way.
     sums: Vec<u32>,
     /// Where those of the row and of the next one begin, and for how many rows there are some.
     here: usize,
-    ahead: (usize, usize),
+    next: (usize, usize),
+    /// Those of the rows behind them, and how many rows these are.
+    ahead: Ahead<'a>,
+    begun: usize,
     /// Entries of the row before.
     had: usize,
     draws: Vec<u32>,
@@ -70,14 +73,15 @@ impl<'a> Decoder<'a> {
             layout: dense.layout,
             tables: &dense.tables,
             nibble: 0,
-            differences: BitReader::new(parts.differences.0),
             raw: BitReader::new(parts.raw.0),
             entries: 0,
             walk: widest::walk(&dense.tables),
             codes: vec![u32::MAX; 1 + k.next_multiple_of(GROUP)],
-            sums: vec![0; 1 + AHEAD.max(k) + OVERRUN.max(GROUP)],
+            sums: Ahead::memory(AT_ONCE.max(k)),
             here: 0,
-            ahead: (0, 0),
+            next: (0, 0),
+            ahead: Ahead::new(parts.differences.0, AT_ONCE.max(k)),
+            begun: 0,
             had: 0,
             draws: Vec::new(),
             rests: vec![rest_code(dense.layout.values, 0.0); 1 + dense.layout.extra],
@@ -123,17 +127,21 @@ impl<'a> Decoder<'a> {
     fn differences<W: Wide>(&mut self, first: u32, n: usize, rows: usize) -> Result<(), String> {
         let (limit, mut last) = (self.layout.values.largest(), first);
         if n > 0 && first <= limit {
-            if self.ahead.1 == 0 {
+            if self.next.1 == 0 {
                 // rows of different lengths are read one by one
                 let most =
-                    if self.parts.ragged { 1 } else { (AHEAD - 1).checked_div(n - 1).unwrap_or(rows + 1).max(1) };
-                self.ahead = (0, most.min(rows + 1));
-                let wanted = self.ahead.1 * (n - 1);
-                let sums = sums::<W>(&self.tables.codes, &mut self.differences, wanted, &mut self.sums[1..]);
-                sums.ok_or(SHORT)?;
+                    if self.parts.ragged { 1 } else { (AT_ONCE - 1).checked_div(n - 1).unwrap_or(rows + 1).max(1) };
+                if self.begun == 0 {
+                    self.begun = most.min(rows + 1);
+                    self.ahead.begin(self.begun * (n - 1));
+                }
+                self.next = (0, self.begun);
+                self.ahead.finish::<W>(&self.tables.codes, &mut self.sums).ok_or(SHORT)?;
+                self.begun = if self.parts.ragged { 0 } else { most.min(rows + 1 - self.next.1) };
+                self.ahead.begin(self.begun * (n - 1));
             }
-            let (start, left) = self.ahead;
-            (self.here, self.ahead) = (start, (start + n - 1, left - 1));
+            let (start, left) = self.next;
+            (self.here, self.next) = (start, (start + n - 1, left - 1));
             let sums = &self.sums[1 + start..][..n];
             let from = first.wrapping_sub(sums[0]);
             for (code, sum) in self.codes[1..=n].iter_mut().zip(sums) {
@@ -175,7 +183,7 @@ impl<'a> Decoder<'a> {
         }
         // sums have long been written, codes have not
         let codes = if self.layout.values.by_difference() { &self.sums[self.here..] } else { &self.codes };
-        let walked = (self.walk)(self.tables, &begin, codes, ids);
+        let walked = (self.walk)(self.tables, &begin, codes, ids, &mut self.ahead);
         let v = self.tables.dictionary.id_of.len();
         self.raw.at = walked.ok_or_else(|| format!("a rank outside a vocabulary of {v}, or {SHORT}"))?;
         Ok(())
@@ -280,7 +288,7 @@ impl<'a> Decoder<'a> {
         if self.entries != shape.entries {
             return Err(format!("rows of {} entries, the block has {}", self.entries, shape.entries));
         }
-        self.differences.end(self.parts.differences.1)?;
+        self.ahead.ended(self.parts.differences.1)?;
         let mut nibbles = BitReader::new(self.parts.nibbles.0);
         nibbles.at = self.nibble * 4;
         nibbles.end(self.parts.nibbles.1)?;

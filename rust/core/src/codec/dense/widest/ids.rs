@@ -3,9 +3,10 @@
 use std::arch::x86_64::*;
 
 use super::super::bitstream::SLACK;
-use super::super::decode::{Begin, GROUP};
+use super::super::decode::{Ahead, Begin, GROUP};
 use super::super::tables::Tables;
 use super::vectors::{doubles, load, load_half, load_words, octets, words};
+use super::Avx2;
 
 /// A raw part of so many bits lies within the 4 bytes at its first one, and four of them within 16.
 pub const MAX_WIDTH: u32 = 25;
@@ -55,13 +56,25 @@ const ALL_BUT_ONE: [u8; 32] = {
     bytes
 };
 
-pub fn walk(tables: &Tables, begin: &Begin<'_>, codes: &[u32], ids: &mut [i32]) -> Option<usize> {
+pub fn walk(
+    tables: &Tables,
+    begin: &Begin<'_>,
+    codes: &[u32],
+    ids: &mut [i32],
+    ahead: &mut Ahead<'_>,
+) -> Option<usize> {
     // SAFETY: `super::walk` gives this function only where the processor has what it is compiled for.
-    unsafe { walk_avx2(tables, begin, codes, ids) }
+    unsafe { walk_avx2(tables, begin, codes, ids, ahead) }
 }
 
 #[target_feature(enable = "avx2,bmi1,bmi2")]
-fn walk_avx2(tables: &Tables, begin: &Begin<'_>, codes: &[u32], ids: &mut [i32]) -> Option<usize> {
+fn walk_avx2(
+    tables: &Tables,
+    begin: &Begin<'_>,
+    codes: &[u32],
+    ids: &mut [i32],
+    ahead: &mut Ahead<'_>,
+) -> Option<usize> {
     let id_of = tables.dictionary.id_of.as_slice();
     let last_rank = _mm256_set1_epi32((id_of.len() as i32).wrapping_sub(1));
     let (mut at, mut nibble, mut before) = (begin.bit, begin.nibble, _mm256_setzero_si256());
@@ -81,11 +94,13 @@ fn walk_avx2(tables: &Tables, begin: &Begin<'_>, codes: &[u32], ids: &mut [i32])
                 &copy
             }
         };
+        ahead.step::<Avx2>(&tables.codes);
         let mut ranks = bases(tables, class, step);
         for (g, rank) in ranks.iter_mut().enumerate() {
             *rank = _mm256_add_epi32(*rank, parts.raw(g, reach)); // as a closure it is not inlined
         }
         before = add_steps(&mut ranks, step, before);
+        ahead.step::<Avx2>(&tables.codes); // while the ranks are on their way
         let largest = _mm256_max_epu32(_mm256_max_epu32(ranks[0], ranks[1]), _mm256_max_epu32(ranks[2], ranks[3]));
         let inside = _mm256_cmpeq_epi32(_mm256_max_epu32(largest, last_rank), last_rank);
         let inside = _mm256_movemask_epi8(inside) == -1;

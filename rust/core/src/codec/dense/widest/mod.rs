@@ -181,7 +181,7 @@ pub fn check_rows(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mu
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
     use super::super::classes::ClassCode;
-    use super::super::decode::{Begin, GROUP};
+    use super::super::decode::{Ahead, Begin, GROUP};
     use super::super::dictionary::Dictionary;
     use super::super::prefix::PrefixCode;
     use super::super::tables::{bounds, RANK, STEP};
@@ -236,8 +236,9 @@ mod tests {
             let codes: Vec<u32> = codes.collect();
             let begin = Begin { nibbles: &nibbles, nibble, raw: &raw, bit: next() as usize % 20 };
             let (mut here, mut there) = (vec![-1; n], vec![-1; n]);
-            let found = ids::walk(tables, &begin, &codes, &mut here);
-            assert_eq!(found, decode::walk::<2>(tables, &begin, &codes, &mut there), "round {round}");
+            let mut ahead = Ahead::new(&[0; 8], 0);
+            let found = ids::walk(tables, &begin, &codes, &mut here, &mut ahead);
+            assert_eq!(found, decode::walk::<2>(tables, &begin, &codes, &mut there, &mut ahead), "round {round}");
             if found.is_some() {
                 assert_eq!(here, there, "round {round}");
                 whole += usize::from(n > 0);
