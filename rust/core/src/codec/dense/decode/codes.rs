@@ -51,7 +51,7 @@ impl<'a> Ahead<'a> {
     #[inline(always)]
     fn window<W: Wide>(&mut self, prefix: &PrefixCode) -> Option<bool> {
         let slots = self.sums.get_mut(self.at..self.end + OVERRUN)?;
-        let Some(slots) = slots.first_chunk_mut::<{ REACH + 1 }>() else { return Some(false) };
+        let Some(slots) = slots.first_chunk_mut::<REACH>() else { return Some(false) };
         let mut window = self.stream.window()?;
         let (mut count, mut length, mut sum) = (0, 0, self.last);
         for _ in 0..LOOK_UPS {
@@ -114,5 +114,51 @@ impl<'a> Ahead<'a> {
     /// The stream must end here: `len` bytes.
     pub fn ended(&self, len: usize) -> Result<(), String> {
         self.stream.end(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::bitstream::{BitWriter, SLACK};
+    use super::super::Narrow;
+    use super::*;
+
+    #[test]
+    fn sums_are_the_same_however_much_is_read_ahead() {
+        let (prefix, mut seed) = (PrefixCode::default(), 5u32);
+        let mut next = move |n: u32| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 8) % n
+        };
+        let lengths: Vec<usize> = (0..40).map(|_| [0, 1, 7, 31, 64, 300][next(6) as usize]).collect();
+        let numbers: Vec<u32> = (0..lengths.iter().sum())
+            .map(|_| match next(30) {
+                0 => next(65_536), // mostly an escape
+                _ => next(4) * next(3),
+            })
+            .collect();
+        let mut out = BitWriter::default();
+        out.put_all(numbers.len() * 27, |room| numbers.iter().for_each(|n| prefix.put(*n, room)));
+        let stream = out.finish();
+        let bytes = [stream, &[0; SLACK]].concat();
+        for steps in [0, 1, 3, 200] {
+            let (mut ahead, mut sums, mut at) = (Ahead::new(&bytes, 301), Ahead::memory(301), 0);
+            for n in &lengths {
+                ahead.begin(*n);
+                (0..steps).for_each(|_| ahead.step::<Narrow>(&prefix));
+                ahead.finish::<Narrow>(&prefix, &mut sums).expect("the sums");
+                let mut want = vec![0];
+                want.extend(numbers[at..at + n].iter().scan(0, |sum, number| {
+                    *sum += number;
+                    Some(*sum)
+                }));
+                assert_eq!(sums[1..2 + n], want, "{steps} steps");
+                at += n;
+            }
+            assert!(ahead.ended(stream.len()).is_ok());
+            ahead.begin(300);
+            (0..steps).for_each(|_| ahead.step::<Narrow>(&prefix));
+            assert!(ahead.finish::<Narrow>(&prefix, &mut sums).is_none(), "the stream has no more");
+        }
     }
 }
