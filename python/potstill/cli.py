@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
+        if os.environ.get("POTSTILL_TRACEBACK") == "1":
+            return super().invoke(ctx)
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
@@ -83,7 +86,10 @@ def missing(error: ModuleNotFoundError) -> click.ClickException:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="potstill")
 def main() -> None:
-    """LLM distillation that is cheap to run: teacher caches, fused losses."""
+    """LLM distillation that is cheap to run: teacher caches, fused losses.
+
+    An error is one line; with POTSTILL_TRACEBACK=1 in the environment it comes with where it was raised.
+    """
 
 
 CACHE = click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))

@@ -109,6 +109,20 @@ def report() -> dict:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec(run.PACKAGE) is None, reason=f"{run.PACKAGE} is not installed")
+def test_the_whole_demo_in_little(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    settings = run.Settings(tokens=128, length=64, batch=1, held_out_tokens=128, every=10, loss_rows=32, repeats=1)
+    monkeypatch.setattr(run, "FAST", settings)
+    done = CliRunner().invoke(command.demo, ["--fast", "--out", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0 and (tmp_path / "report.png").stat().st_size > 20_000
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["teacher_tokens"] == 128 and len(found["loss_curve"]) == 2
+    assert 0 < found["kl_after"] < found["kl_before"]
+    assert found["loss_seconds"].keys() == {"fused", "eager"} and found["fused_over_eager_memory"] < 0.9
+
+
 def test_the_picture_and_the_summary(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     draw(report(), tmp_path / "report.png")

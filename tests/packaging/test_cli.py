@@ -143,3 +143,12 @@ def test_a_missing_optional_package_names_its_extra():
     assert "pip install 'potstill[hf]'" in error.message
     with pytest.raises(ModuleNotFoundError):
         missing(ModuleNotFoundError("No module named 'potstill.nothing'", name="potstill.nothing"))
+
+
+def test_an_error_is_a_line_and_a_traceback_on_demand(tmp_path):
+    write_cache(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text("{")
+    short = potstill("inspect", tmp_path / "c")
+    whole = potstill("inspect", tmp_path / "c", before="import os; os.environ['POTSTILL_TRACEBACK'] = '1'")
+    assert short.returncode == 1 and short.stderr.startswith("Error: ") and "Traceback" not in short.stderr
+    assert whole.returncode == 1 and "Traceback" in whole.stderr and short.stderr[7:].strip() in whole.stderr
