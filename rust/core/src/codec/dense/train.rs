@@ -42,14 +42,22 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
         sample += 1;
     }
     let dictionary = |listed: usize| Dictionary::ranked(&ids, listed, layout.vocab_size);
-    let mut near = None; // the widths of one length are nearly those of the next
-    let bits = |listed: &usize| {
-        let ranking = Ranking::new(layout, &sequences[..sample], dictionary(*listed), near.take());
+    // the longer the list, the fewer bits, until it costs more than it saves: from the longest one down, until two in turn are worse
+    let (mut best, mut near, mut worse) = (None::<(u128, usize)>, None, 0);
+    for listed in candidates.into_iter().rev() {
+        let ranking = Ranking::new(layout, &sequences[..sample], dictionary(listed), near);
         let (values, stored) = ranking.bits();
-        near = Some(ranking.codes.map(|code| code.widths));
-        u128::from(values) * entries as u128 / sampled as u128 + u128::from(stored)
-    };
-    let listed = candidates.into_iter().min_by_key(bits)?;
+        let bits = u128::from(values) * entries as u128 / sampled as u128 + u128::from(stored);
+        near = Some(ranking.codes.map(|code| code.widths)); // the widths of one length are nearly those of the next
+        worse += 1;
+        if best.is_none_or(|(least, _)| bits <= least) {
+            (best, worse) = (Some((bits, listed)), 0);
+        }
+        if worse == 2 {
+            break;
+        }
+    }
+    let (_, listed) = best?;
     let ranking = Ranking::new(layout, sequences, dictionary(listed), None);
     let bounds = bounds(&layout);
     let column = |values: &mut dyn Iterator<Item = u32>, code: usize| {
