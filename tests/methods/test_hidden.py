@@ -133,6 +133,8 @@ def test_zero_vectors_have_no_direction():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("distance", PLAIN)
 def test_rounded_input_is_no_worse_than_plain_torch(distance, dtype, no_worse):
+    if distance == "smooth_l1" and dtype == torch.float16 and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 has no gradient of its own to compare with")
     s, t, _, _ = states(dtype=dtype)
     t = t[..., :D]
     exact = s.detach().double().requires_grad_()

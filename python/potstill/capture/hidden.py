@@ -58,6 +58,11 @@ def final_hidden(model: nn.Module, *, all_logits: bool = False, **inputs: Any) -
     if "position_ids" in inputs and "position_ids" not in inspect.signature(inner.forward).parameters:
         inputs.pop("position_ids")
     for unit in fsdp2_units(model, head):
+        if not hasattr(unit, "set_reshard_after_forward"):
+            raise RuntimeError(
+                f"torch {torch.__version__} cannot keep a unit of FSDP2 whole after its forward (its FSDPModule has no "
+                "set_reshard_after_forward, which torch 2.6 lacks): take a newer torch, or train without FSDP2"
+            )
         unit.set_reshard_after_forward(False, recurse=False)
     caught: list[Tensor] = []
 
