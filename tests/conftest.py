@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the tests run several processes side by side
+
+# every run draws the same; POTSTILL_TEST_RANDOM=1 draws anew, as the nightly leg does
+DRAWN_ANEW = os.environ.get("POTSTILL_TEST_RANDOM") == "1"
+with contextlib.suppress(ImportError):  # a machine with a GPU may lack it
+    import hypothesis
+
+    hypothesis.settings.register_profile("same", derandomize=True)
+    if not DRAWN_ANEW:
+        hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test's draws do not depend on which tests its process ran before."""
+    if not DRAWN_ANEW:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
 
 
 @pytest.hookimpl(trylast=True)
