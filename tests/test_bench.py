@@ -69,8 +69,25 @@ def test_memory_is_measured_where_it_is_known():
 
 def test_variants_take_turns():
     order: list[str] = []
-    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3, warm_up=1)
+    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3, warm_up=1, least=0)
     assert "".join(order) == "baabbaab" and all(len(s) == 3 for s in seconds.values())
+
+
+def test_short_calls_fill_their_turn_and_count_by_their_mean(monkeypatch):
+    now, called = [0.0], []
+
+    def call(name: str, seconds: float) -> None:
+        called.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    calls = {"short": lambda: call("short", 0.25), "long": lambda: call("long", 3.0)}
+    seconds = in_turns(calls, repeats=3, warm_up=1, least=1.0)
+    assert seconds == {"short": [0.25] * 3, "long": [3.0] * 3}
+    assert called.count("short") == 1 + 3 * 4 and called.count("long") == 1 + 3
+    called.clear()
+    in_turns(calls, repeats=2, warm_up=1, least=1.0)
+    assert len(called) == 6, "two rounds are a smoke test: a call each"
 
 
 def test_what_is_slower_than_the_limit_is_left_out():

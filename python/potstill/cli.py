@@ -215,9 +215,12 @@ def recover(path: Path, as_json: bool) -> None:
     from potstill.cache import tools
 
     facts = tools.recover_cache(path)
-    lost = [] if as_json else facts.pop("lost")
-    show(facts, as_json)
-    for line in lost:
+    names = {
+        "files": "files taken from", "sequences": "sequences taken over", "tokens": "tokens in them",
+        "known": "were in the cache already",
+    }  # fmt: skip
+    show(facts if as_json else {line: facts[name] for name, line in names.items()}, as_json)
+    for line in [] if as_json else facts["lost"]:
         click.echo(printable(f"lost: {line}"))
 
 

@@ -122,6 +122,7 @@ def test_verify_fails_on_a_damaged_cache_and_says_where(tmp_path):
     assert report["ok"] is False and len(report["problems"]) >= 1
     mended = potstill("recover", tmp_path / "cache")
     assert mended.returncode == 0 and f"\nlost: {shard.name}, " in mended.stdout
+    assert "sequences taken over" in mended.stdout and "were in the cache already" in mended.stdout
     assert "potstill recover" not in mended.stdout  # that is what runs
     assert potstill("verify", tmp_path / "cache").returncode == 0
 

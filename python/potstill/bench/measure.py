@@ -28,21 +28,25 @@ Variant = Callable[[], Any]
 
 
 def in_turns(
-    variants: dict[str, Variant], repeats: int = 5, warm_up: int = 1, limit: float = float("inf")
+    variants: dict[str, Variant], repeats: int = 5, warm_up: int = 1, limit: float = float("inf"), least: float = 0.05
 ) -> dict[str, list[float]]:
-    """Seconds of each call; every round runs each variant once, the order reversed from round to round.
+    """Seconds of each variant, once a round; every round gives each its turn, the order reversed from round to round.
 
-    A variant whose last warm-up call took more than `limit` seconds is left out.
+    A turn repeats the call until `least` seconds have passed and counts the mean: what a call finds in the processor's
+    caches is then its own and not what the variant before it left. With fewer than three rounds, which are no figures,
+    it is one call. A variant whose last warm-up call took more than `limit` seconds is left out.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    least = least if repeats >= 3 else 0.0
     for round_ in range(warm_up + repeats):
         names = list(seconds)
         for name in names if round_ % 2 else names[::-1]:
-            start = time.perf_counter()
-            variants[name]()
-            taken = time.perf_counter() - start
+            start, taken, calls = time.perf_counter(), 0.0, 0
+            while not calls or (taken < least and round_ >= warm_up):
+                variants[name]()
+                taken, calls = time.perf_counter() - start, calls + 1
             if round_ >= warm_up:
-                seconds[name].append(taken)
+                seconds[name].append(taken / calls)
             elif round_ == warm_up - 1 and taken > limit:
                 del seconds[name]
     return seconds

@@ -123,7 +123,10 @@ fn salvage_file(writer: &mut Writer, file: File, name: &str, salvage: &mut Salva
     })
     .map_err(Error::io("read", Path::new(name)))?;
     if let Some((count, first)) = torn {
-        lost.push(format!("{name}: {count} blocks are not whole, the first at byte {first}"));
+        lost.push(match count {
+            1 => format!("{name}: the block at byte {first} is not whole"),
+            _ => format!("{name}: {count} blocks are not whole, the first at byte {first}"),
+        });
     }
     lost.extend(open.keys().map(|key| format!("{name}: sequence {key:?} is not whole")));
     salvage.lost.extend(lost);

@@ -11,6 +11,8 @@ const WINDOW: usize = 1 << MAX_LENGTH;
 /// Bits of a look-up that gives several numbers, so that its table stays in the first-level cache.
 pub const RUN_BITS: u32 = 11;
 const RUNS: usize = 1 << RUN_BITS;
+/// Bytes of a run.
+const RUN: usize = 8;
 /// Numbers that one look-up gives at most.
 pub const LANES: usize = 6;
 
@@ -23,37 +25,43 @@ pub struct PrefixCode {
     pub small: [[u8; 16]; 3],
     /// By window: symbol | length << 8.
     single: Vec<u16>,
-    many: Box<[Run; RUNS]>,
+    /// By window: a run of 8 bytes. Some more, so that each can be read in two halves of any length.
+    runs: Box<[u8; RUN * (RUNS + 1)]>,
     /// By window: 4 bits for each number of its run, the bits up to its end.
     ends: Box<[u32; RUNS]>,
 }
 
-/// What one look-up gives, a byte each: 6 running sums, the last one again in those behind the count; how many; their bits.
-/// None at all is an escape.
-#[derive(Clone, Copy, Default)]
-#[repr(align(8))]
-pub struct Run([u8; 8]);
+/// What one look-up gives, a byte each: bits of its numbers; how many they are; 6 running sums, the last one again in those
+/// behind the count. None at all is an escape, of no bits and with sums of 0.
+pub struct Run<'a>(&'a [u8; 2 * RUN]);
 
-impl Run {
+impl<'a> Run<'a> {
+    /// Its lowest byte is `length`, the next one `count`; words of a few runs add up in the same way.
     #[inline(always)]
-    pub fn count(&self) -> usize {
-        usize::from(self.0[6] % 8)
+    pub fn word(&self) -> u64 {
+        let [word, _] = self.0.as_chunks::<RUN>().0 else { return 0 };
+        u64::from_le_bytes(*word)
     }
 
     #[inline(always)]
     pub fn length(&self) -> usize {
-        usize::from(self.0[7])
+        self.word() as usize & 255
+    }
+
+    #[inline(always)]
+    pub fn count(&self) -> usize {
+        (self.word() >> 8) as usize & 255
     }
 
     #[inline(always)]
     pub fn total(&self) -> u32 {
-        u32::from(self.0[LANES - 1])
+        (self.word() >> 56) as u32
     }
 
     /// Running sums; those behind the count are of no meaning.
     #[inline(always)]
-    pub fn sums(&self) -> &[u8; 8] {
-        &self.0
+    pub fn sums(&self) -> &'a [u8; RUN] {
+        self.0[2..].first_chunk().expect("16 bytes")
     }
 }
 
@@ -76,12 +84,12 @@ impl PrefixCode {
                 next += WINDOW >> length;
             }
         }
-        let (mut many, mut ends) = (Box::new([Run::default(); RUNS]), Box::new([0; RUNS]));
-        for (window, (run, ends)) in many.iter_mut().zip(ends.iter_mut()).enumerate() {
+        let (mut runs, mut ends) = (Box::new([0; RUN * (RUNS + 1)]), Box::new([0; RUNS]));
+        for (window, (run, ends)) in runs.as_chunks_mut().0.iter_mut().zip(ends.iter_mut()).enumerate() {
             (*run, *ends) = pack(&single, window);
         }
         let small = [0, 8, 16].map(|shift| std::array::from_fn(|symbol| (codes[symbol] >> shift) as u8));
-        Ok(PrefixCode { lengths, codes, small, single, many, ends })
+        Ok(PrefixCode { lengths, codes, small, single, runs, ends })
     }
 
     /// The best lengths for numbers that occur `counts[symbol]` times; every symbol gets a code.
@@ -147,8 +155,8 @@ impl PrefixCode {
 
     /// The numbers at the start of a window.
     #[inline(always)]
-    pub fn run(&self, window: u64) -> &Run {
-        &self.many[window as usize % RUNS]
+    pub fn run(&self, window: u64) -> Run<'_> {
+        Run(self.runs[RUN * (window as usize % RUNS)..].first_chunk().expect("one more run"))
     }
 
     /// Bits of the first `count` numbers of the run at the start of a window; it has that many.
@@ -171,8 +179,8 @@ impl Default for PrefixCode {
     }
 }
 
-fn pack(single: &[u16], window: usize) -> (Run, u32) {
-    let (mut sums, mut ends) = ([0u8; 8], 0u32);
+fn pack(single: &[u16], window: usize) -> ([u8; RUN], u32) {
+    let (mut run, mut ends) = ([0u8; RUN], 0u32);
     let (mut count, mut used, mut sum) = (0usize, 0u32, 0u16);
     while count < LANES {
         let entry = single[window >> used];
@@ -181,14 +189,13 @@ fn pack(single: &[u16], window: usize) -> (Run, u32) {
             break;
         }
         (sum, used) = (sum + symbol, used + length);
-        sums[count] = sum as u8;
+        run[2 + count] = sum as u8;
         ends |= used << (4 * count);
         count += 1;
     }
-    sums[count..LANES].fill(sum as u8);
-    sums[6] = count as u8;
-    sums[7] = used as u8;
-    (Run(sums), ends)
+    run[2 + count..].fill(sum as u8);
+    (run[0], run[1]) = (used as u8, count as u8);
+    (run, ends)
 }
 
 #[cfg(test)]

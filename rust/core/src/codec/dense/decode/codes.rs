@@ -8,8 +8,9 @@ use super::{Wide, GROUP};
 pub const WRITTEN: usize = 8;
 /// Look-ups that one window of 57 bits is enough for.
 const LOOK_UPS: usize = 57 / RUN_BITS as usize;
-/// Sums that the look-ups of a window write at most.
-const REACH: usize = LOOK_UPS * LANES + WRITTEN;
+/// Room for the sums that the look-ups of a window write.
+const REACH: usize = 32 + WRITTEN;
+const _: () = assert!(LOOK_UPS * LANES < 32);
 /// Sums that are written behind the last one wanted.
 const OVERRUN: usize = WRITTEN;
 
@@ -53,24 +54,25 @@ impl<'a> Ahead<'a> {
         let slots = self.sums.get_mut(self.at..self.end + OVERRUN)?;
         let Some(slots) = slots.first_chunk_mut::<REACH>() else { return Some(false) };
         let mut window = self.stream.window()?;
-        let (mut count, mut length, mut sum) = (0, 0, self.last);
+        // lengths and counts as bytes of one word
+        let (mut taken, mut last, mut sum) = (0u64, 0, self.last);
         for _ in 0..LOOK_UPS {
-            let run = prefix.run(window);
-            let slots: &mut [u32; WRITTEN] = slots.get_mut(count..count + WRITTEN)?.try_into().ok()?;
-            *slots = W::raised(run.sums(), sum);
-            if run.count() == 0 {
-                let mut bits = self.stream.clone();
-                bits.at += length;
-                sum = sum.wrapping_add(prefix.take(&mut bits)?);
-                slots[0] = sum;
-                length = bits.at - self.stream.at;
-                count += 1;
-                break;
-            }
-            window >>= run.length() % 64;
-            length += run.length();
+            let (run, count) = (prefix.run(window), count_of(taken));
+            *slots[count..].first_chunk_mut()? = W::raised(run.sums(), sum);
+            last = run.word();
+            taken = taken.wrapping_add(last);
+            window >>= last % 64;
             sum = sum.wrapping_add(run.total());
-            count += run.count();
+        }
+        let (mut length, mut count) = ((taken & 255) as usize, count_of(taken));
+        if count_of(last) == 0 {
+            // an escape, on which all look-ups from its own on have stood still
+            let mut bits = self.stream.clone();
+            bits.at += length;
+            sum = sum.wrapping_add(prefix.take(&mut bits)?);
+            slots[count] = sum;
+            length = bits.at - self.stream.at;
+            count += 1;
         }
         self.stream.at += length;
         (self.at, self.last) = (self.at + count, sum);
@@ -115,6 +117,12 @@ impl<'a> Ahead<'a> {
     pub fn ended(&self, len: usize) -> Result<(), String> {
         self.stream.end(len)
     }
+}
+
+/// `Run::count` of a word, or of the sum of the words of a window.
+#[inline(always)]
+fn count_of(word: u64) -> usize {
+    (word >> 8) as usize % 32
 }
 
 #[cfg(test)]

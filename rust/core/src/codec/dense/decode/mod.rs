@@ -9,8 +9,8 @@ pub use self::codes::Ahead;
 use self::codes::WRITTEN;
 pub use self::ids::{walk, Begin, Walk, GROUP};
 use self::parts::{split, Parts};
-use self::sinks::Row;
 pub use self::sinks::{into_coded, into_rows, into_tokens, Sink};
+use self::sinks::{Codes, Row};
 use super::bitstream::BitReader;
 use super::classes::ClassCode;
 use super::coded::rest_code;
@@ -47,9 +47,8 @@ pub struct Decoder<'a> {
     raw: BitReader<'a>,
     entries: usize,
     walk: Walk,
-    /// Behind one that is none of them, and filled up to a whole group.
-    codes: Vec<u32>,
-    /// Running sums of the differences of this row and the next ones, in the same way.
+    /// Running sums of the differences of this row and the next ones, behind one that is none of them and filled up to a
+    /// whole group; or the row's codes.
     sums: Vec<u32>,
     /// Where those of the row and of the next one begin, and for how many rows there are some.
     here: usize,
@@ -76,7 +75,6 @@ impl<'a> Decoder<'a> {
             raw: BitReader::new(parts.raw.0),
             entries: 0,
             walk: widest::walk(&dense.tables),
-            codes: vec![u32::MAX; 1 + k.next_multiple_of(GROUP)],
             sums: Ahead::memory(AT_ONCE.max(k)),
             here: 0,
             next: (0, 0),
@@ -122,10 +120,10 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    // codes of a row of n; `rows` more follow
+    // what the sums of a row of n are less than its codes, the first of which is given; `rows` more follow
     #[inline(always)]
-    fn differences<W: Wide>(&mut self, first: u32, n: usize, rows: usize) -> Result<(), String> {
-        let (limit, mut last) = (self.layout.values.largest(), first);
+    fn differences<W: Wide>(&mut self, first: u32, n: usize, rows: usize) -> Result<u32, String> {
+        let (limit, mut from, mut last) = (self.layout.values.largest(), 0, first);
         if n > 0 && first <= limit {
             if self.next.1 == 0 {
                 // rows of different lengths are read one by one
@@ -143,15 +141,12 @@ impl<'a> Decoder<'a> {
             let (start, left) = self.next;
             (self.here, self.next) = (start, (start + n - 1, left - 1));
             let sums = &self.sums[1 + start..][..n];
-            let from = first.wrapping_sub(sums[0]);
-            for (code, sum) in self.codes[1..=n].iter_mut().zip(sums) {
-                *code = from.wrapping_add(*sum);
-            }
-            last = self.codes[n];
+            from = first.wrapping_sub(sums[0]);
+            last = from.wrapping_add(sums[n - 1]);
         }
         // sums only grow, and by less than 2^32 in a row, so the last one speaks for all
         match last <= limit {
-            true => Ok(()),
+            true => Ok(from),
             false => Err(format!("code {last} of a log-probability, at most {limit} is accepted")),
         }
     }
@@ -161,7 +156,7 @@ impl<'a> Decoder<'a> {
         let (size, limit) = (self.layout.code_bytes(), self.layout.values.largest());
         let bytes = self.parts.codes.get(self.entries * size..(self.entries + n) * size).ok_or(SHORT)?;
         let mut last = 0;
-        for (slot, bytes) in self.codes[1..].iter_mut().zip(bytes.chunks_exact(size)) {
+        for (slot, bytes) in self.sums[1..].iter_mut().zip(bytes.chunks_exact(size)) {
             let mut word = [0u8; 4];
             word[..size].copy_from_slice(bytes);
             *slot = u32::from_le_bytes(word);
@@ -181,9 +176,7 @@ impl<'a> Decoder<'a> {
         if self.nibble.div_ceil(2) > len {
             return Err(SHORT.to_string());
         }
-        // sums have long been written, codes have not
-        let codes = if self.layout.values.by_difference() { &self.sums[self.here..] } else { &self.codes };
-        let walked = (self.walk)(self.tables, &begin, codes, ids, &mut self.ahead);
+        let walked = (self.walk)(self.tables, &begin, &self.sums[self.here..], ids, &mut self.ahead);
         let v = self.tables.dictionary.id_of.len();
         self.raw.at = walked.ok_or_else(|| format!("a rank outside a vocabulary of {v}, or {SHORT}"))?;
         Ok(())
@@ -217,11 +210,12 @@ impl<'a> Decoder<'a> {
             }
         }
         let lse = self.words(i)?;
-        if layout.values.by_difference() {
-            self.differences::<W>(first, n, rows - 1 - i)?;
+        let from = if layout.values.by_difference() {
+            self.differences::<W>(first, n, rows - 1 - i)?
         } else {
             self.raw_codes(n)?;
-        }
+            0
+        };
         self.ids(sink.ids(i, n))?;
         if layout.sampled {
             self.draws.clear();
@@ -230,9 +224,9 @@ impl<'a> Decoder<'a> {
             }
         }
         self.entries += n;
-        let codes = &self.codes[1..=n];
-        if let (Values::Bf16Logits, Some(code)) = (layout.values, codes.first()) {
-            let first = layout.values.value(*code, f32::from_bits(lse)); // the largest; NaN codes are the lowest
+        let codes = Codes { sums: &self.sums[1 + self.here..][..n], from };
+        if let (Values::Bf16Logits, Some(code)) = (layout.values, codes.all().next()) {
+            let first = layout.values.value(code, f32::from_bits(lse)); // the largest; NaN codes are the lowest
             if first.is_nan() || first > TOLERANCE {
                 return Err(format!("row {i} has a log_prob of {first}"));
             }

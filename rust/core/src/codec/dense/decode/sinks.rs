@@ -17,9 +17,22 @@ pub trait Sink {
     fn row(&mut self, i: usize, row: &Row<'_>);
 }
 
+/// Codes of a row, each as a sum and what they all are above it, without regard to overflow.
+pub struct Codes<'a> {
+    pub sums: &'a [u32],
+    pub from: u32,
+}
+
+impl Codes<'_> {
+    #[inline(always)]
+    pub fn all(&self) -> impl ExactSizeIterator<Item = u32> + '_ {
+        self.sums.iter().map(|sum| sum.wrapping_add(self.from))
+    }
+}
+
 pub struct Row<'a> {
     pub token: u32,
-    pub codes: &'a [u32],
+    pub codes: Codes<'a>,
     pub draws: &'a [u32],
     pub rests: &'a [u32],
     pub lse: u32,
@@ -46,19 +59,19 @@ impl Sink for ToRows<'_> {
 
     #[inline(always)]
     fn row(&mut self, i: usize, row: &Row<'_>) {
-        let (k, n, values) = (self.layout.k as usize, row.codes.len(), self.layout.values);
+        let (k, n, values) = (self.layout.k as usize, row.codes.sums.len(), self.layout.values);
         let log_probs = &mut self.out.log_probs[i * k..(i + 1) * k];
         let lse = f32::from_bits(row.lse);
         match values {
             Values::Grid { per_nat } | Values::Shifted { per_nat } => {
                 let (step, by) = (1.0 / f32::from(per_nat), row.shift as f32);
-                for (slot, code) in log_probs.iter_mut().zip(row.codes) {
-                    *slot = shifted_value(*code, by, step);
+                for (slot, code) in log_probs.iter_mut().zip(row.codes.all()) {
+                    *slot = shifted_value(code, by, step);
                 }
             }
             _ => {
-                for (slot, code) in log_probs.iter_mut().zip(row.codes) {
-                    *slot = values.value(*code, lse);
+                for (slot, code) in log_probs.iter_mut().zip(row.codes.all()) {
+                    *slot = values.value(code, lse);
                 }
             }
         }
@@ -159,9 +172,10 @@ impl Sink for ToCoded {
         let c = &mut self.coded;
         let start = c.ids.len();
         c.tokens.push(row.token);
-        c.counts.push(row.codes.len() as u16);
-        c.ids.extend(self.ids[..row.codes.len()].iter().map(|id| *id as u32));
-        c.codes.extend_from_slice(row.codes);
+        let n = row.codes.sums.len();
+        c.counts.push(n as u16);
+        c.ids.extend(self.ids[..n].iter().map(|id| *id as u32));
+        c.codes.extend(row.codes.all());
         c.draws.extend_from_slice(row.draws);
         c.rests.extend_from_slice(row.rests);
         match self.values {
