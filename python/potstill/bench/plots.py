@@ -158,7 +158,7 @@ def roofline(figure: Any, found: Row) -> bool:
         return False
     peak, bandwidth = ceiling[0]["flops_per_second"], ceiling[0]["bytes_per_second"]
     axes = figure.subplots()
-    reach = [2.0**i for i in range(-2, 13)]
+    reach = sorted([*(2.0**i for i in range(-2, 13)), peak / bandwidth])
     axes.plot(
         reach, [min(peak, i * bandwidth) / 1e9 for i in reach], color=INK, linewidth=1.2, label="measured ceilings"
     )

@@ -76,7 +76,7 @@ fn walk_avx2(
     ahead: &mut Ahead<'_>,
 ) -> Option<usize> {
     let id_of = tables.dictionary.id_of.as_slice();
-    let last_rank = _mm256_set1_epi32((id_of.len() as i32).wrapping_sub(1));
+    let last_rank = _mm256_set1_epi32(id_of.len().checked_sub(1)? as i32);
     let (mut at, mut nibble, mut before) = (begin.bit, begin.nibble, _mm256_setzero_si256());
     for (group, ids) in ids.chunks_mut(GROUP).enumerate() {
         let mut step = ties(codes.get(group * GROUP..)?.first_chunk()?);
