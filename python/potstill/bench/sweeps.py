@@ -45,7 +45,8 @@ def threads(*, smoke: bool, repeats: int, limit: float, note: losses.Note) -> li
         note(f"threads: {count}")
         torch.set_num_threads(count)
         made = losses.rows(shape, repeats=repeats, compiled=False, limit=limit, peaks=False, note=note)
-        found += [{**row, "case": f"{row['case']}, {count} thread{'s' if count > 1 else ''}", "x": "threads"} for row in made]
+        in_use = f"{count} threads" if count > 1 else "one thread"
+        found += [{**row, "case": f"{row['case']}, {in_use}", "x": "threads"} for row in made]
     torch.set_num_threads(most)
     return found
 
