@@ -1,5 +1,7 @@
 //! The rows of one sequence and the rules they must obey before they may be written.
 
+use std::cmp::Ordering;
+
 use crate::codec::dense::{check_rows, Layout, Values};
 use crate::error::{Error, Result};
 use crate::spec::Spec;
@@ -164,19 +166,13 @@ impl Checker {
         check_rows(self, key, rows, counts)
     }
 
-    /// Row by row. `differ` may tell that all ids of a row are different.
+    /// Row by row.
     #[inline(always)]
-    pub(crate) fn check_rows(
-        &mut self,
-        key: &str,
-        rows: &Rows<'_>,
-        counts: &mut Vec<u16>,
-        differ: impl Fn(&[i32]) -> Option<bool>,
-    ) -> Result<()> {
+    pub(crate) fn check_rows(&mut self, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
         counts.clear();
         for i in 0..rows.len() {
             let (ids, log_probs) = rows.row(i);
-            match self.check_row(ids, log_probs, rows.log_rest[i], &differ) {
+            match self.check_row(ids, log_probs, rows.log_rest[i]) {
                 Ok(count) => {
                     counts.push(count);
                     self.check_further(rows, i, count).map_err(|what| Error::BadRow {
@@ -231,13 +227,7 @@ impl Checker {
     }
 
     #[inline(always)]
-    fn check_row(
-        &mut self,
-        ids: &[i32],
-        log_probs: &[f32],
-        log_rest: f32,
-        differ: impl Fn(&[i32]) -> Option<bool>,
-    ) -> std::result::Result<u16, String> {
+    fn check_row(&mut self, ids: &[i32], log_probs: &[f32], log_rest: f32) -> std::result::Result<u16, String> {
         // whole rows, which nearly all are, are told without stopping at an entry
         let whole = ids.iter().fold(true, |whole, id| whole & (*id != -1));
         let missing = if whole { None } else { ids.iter().position(|id| *id == -1) };
@@ -270,13 +260,12 @@ impl Checker {
         if mass > self.max_mass {
             return Err(format!("the probabilities sum to {mass}, at most {} is accepted", self.max_mass));
         }
-        if differ(ids) != Some(true) {
+        if !surely_differ(ids) {
             self.check_duplicates(ids)?;
         }
         Ok(count as u16)
     }
 
-    #[inline(always)]
     fn check_duplicates(&mut self, ids: &[i32]) -> std::result::Result<(), String> {
         if self.seen.is_empty() {
             return check_sorted(ids);
@@ -297,6 +286,33 @@ impl Checker {
     }
 }
 
+/// Ids of a row that are compared with one another.
+const COMPARED: usize = 64;
+
+/// Whether the lowest 16 bits of all ids are different; where they are not, or in a long row, nothing is known.
+#[inline(always)]
+fn surely_differ(ids: &[i32]) -> bool {
+    if ids.len() > COMPARED {
+        return false;
+    }
+    // around a circle half the distances are enough
+    let mut low = [0u16; COMPARED * 3 / 2];
+    for (i, slot) in low[..COMPARED].iter_mut().enumerate() {
+        *slot = u16::MAX - i as u16;
+    }
+    for (slot, id) in low.iter_mut().zip(ids) {
+        *slot = *id as u16;
+    }
+    low.copy_within(..COMPARED / 2, COMPARED);
+    let mut equal = [0u16; COMPARED];
+    for distance in 1..=COMPARED / 2 {
+        for ((equal, a), b) in equal.iter_mut().zip(&low).zip(&low[distance..]) {
+            *equal |= 0u16.wrapping_sub(u16::from(a == b));
+        }
+    }
+    equal.iter().all(|e| *e == 0)
+}
+
 fn repeated(ids: &[i32]) -> String {
     let j = (1..ids.len()).find(|j| ids[..*j].contains(&ids[*j])).unwrap_or(0);
     format!("entry {j} repeats id {}", ids[j])
@@ -315,9 +331,13 @@ fn check_sorted(ids: &[i32]) -> std::result::Result<(), String> {
 #[inline(always)]
 fn check_order(log_probs: &[f32]) -> std::result::Result<(), String> {
     // a NaN fails every comparison, so the first entry and the chain of <= cover all
-    let ordered = log_probs.windows(2).fold(true, |ok, w| ok & (w[1] <= w[0]));
+    let later = log_probs.get(1..).unwrap_or_default();
+    let wrong = log_probs
+        .iter()
+        .zip(later)
+        .fold(0, |any, (a, b)| any | u32::from(!matches!(b.partial_cmp(a), Some(Ordering::Less | Ordering::Equal))));
     let bounded = log_probs.first().is_none_or(|lp| *lp <= TOLERANCE);
-    if ordered && bounded {
+    if wrong == 0 && bounded {
         return Ok(());
     }
     for (j, lp) in log_probs.iter().enumerate() {
@@ -385,6 +405,27 @@ mod tests {
         assert!(refusal(&[1], &[-0.1], f32::NAN).contains("log_rest is NaN"));
         assert!(refusal(&[-1, 2], &[inf, -1.0], inf).contains("after a missing entry"));
         assert!(refusal(&[2, -1], &[-0.5, -1.0], inf).contains("after a missing entry"));
+    }
+
+    #[test]
+    fn repeats_are_found_in_every_row_and_ids_of_equal_low_bits_are_none() {
+        let spec = Spec::from_stored(r#"{"vocab_size":100000,"k":8}"#).expect("a spec");
+        let mut checker = Checker::new(&spec);
+        for twice in 0..600 {
+            let row = |i: usize| if i == twice { [5, 9, 5] } else { [5, 9, 5 + (1 << 16)] };
+            let ids: Vec<i32> = (0..600).flat_map(row).collect();
+            let (tokens, log_probs, log_rest) = ([1; 600], [-2.0; 1800], [-1.0; 600]);
+            let rows = Rows {
+                k: 3,
+                tokens: &tokens,
+                ids: &ids,
+                log_probs: &log_probs,
+                log_rest: &log_rest,
+                ..Rows::default()
+            };
+            let error = checker.check("a key", &rows, &mut Vec::new()).expect_err("must be refused").to_string();
+            assert!(error.contains(&format!("row {twice}: entry 2 repeats id 5")), "{error}");
+        }
     }
 
     #[test]

@@ -24,6 +24,11 @@ impl Dictionary {
         Dictionary { rank_of: id_of.clone(), id_of, segments: Vec::new() }
     }
 
+    /// Whether every id is its own rank.
+    pub fn is_identity(&self) -> bool {
+        self.segments.is_empty()
+    }
+
     /// Lists `listed` ids, the most frequent first, in two segments an octave.
     pub fn ranked(by_frequency: &[u32], listed: usize, vocab_size: u32) -> Dictionary {
         let mut segments = Vec::new();

@@ -4,6 +4,7 @@
 //! | nibbles | differences | raw bits | 8 zero bytes
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::bitstream::{BitWriter, Room, SLACK};
 use super::classes::{ClassCode, CLASSES};
@@ -66,6 +67,9 @@ pub fn token_value(token: u32, before: &[u32], dictionary: &Dictionary, k: u32) 
 #[inline(always)]
 pub fn rank_row(dictionary: &Dictionary, codes: &[u32], ids: &[u32], ranks: &mut Vec<u32>, draws: &mut [u32]) {
     ranks.clear();
+    if dictionary.is_identity() {
+        return ranks.extend_from_slice(ids); // equal codes stand by id
+    }
     let rank_of = dictionary.rank_of.as_slice();
     ranks.extend(ids.iter().map(|id| rank_of[*id as usize]));
     if draws.is_empty() {
@@ -85,13 +89,7 @@ pub fn block(dense: &Dense, coded: &Coded, first: usize, end: usize, entry: usiz
 
 /// Fills the streams with rows whose entries begin at `entry`; how many they have.
 #[inline(always)]
-pub fn rows<P: Put>(
-    dense: &Dense,
-    coded: &Coded,
-    range: std::ops::Range<usize>,
-    entry: usize,
-    streams: &mut Streams,
-) -> usize {
+pub fn rows<P: Put>(dense: &Dense, coded: &Coded, range: Range<usize>, entry: usize, streams: &mut Streams) -> usize {
     let (layout, tables) = (&dense.layout, &*dense.tables);
     let (k, rests) = (layout.k, 1 + layout.extra);
     let not_stored = rests - layout.stored_rests();
@@ -104,8 +102,6 @@ pub fn rows<P: Put>(
         if layout.sampled {
             streams.draws.extend_from_slice(&coded.draws[at..at + n]);
         }
-        let next = at + n..coded.ids.len().min(at + n + k as usize);
-        P::soon(&tables.dictionary.rank_of, &coded.ids[next]);
         rank_row(&tables.dictionary, codes, ids, &mut streams.ranks, &mut streams.draws);
         let token = token_value(coded.tokens[row], &streams.before, &tables.dictionary, k);
         streams.put(&tables.classes[TOKEN], token);
@@ -129,7 +125,8 @@ pub fn rows<P: Put>(
             let most = codes.len() * COLUMN_BITS;
             streams.differences.put_all(most, |out| P::differences(&tables.codes, codes, out));
         }
-        P::ids(tables, codes, streams);
+        let next = &coded.ids[at + n..coded.ids.len().min(at + 2 * n)];
+        P::ids(tables, codes, streams, next);
         let draws = &streams.draws;
         streams.raw.put_all(draws.len() * COLUMN_BITS, |out| draws.iter().for_each(|d| tables.draws.put(*d, out)));
         std::mem::swap(&mut streams.ranks, &mut streams.before);
@@ -140,10 +137,9 @@ pub fn rows<P: Put>(
 
 /// How the entries of a row are put into their streams.
 pub trait Put {
-    /// Entries of a table that will be read.
-    fn soon(table: &[u32], places: &[u32]);
     fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>);
-    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams);
+    /// `next` will be looked up soon.
+    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams, next: &[u32]);
 }
 
 /// One or two at a time.
@@ -151,15 +147,12 @@ pub struct Plain;
 
 impl Put for Plain {
     #[inline(always)]
-    fn soon(_: &[u32], _: &[u32]) {}
-
-    #[inline(always)]
     fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
         differences(prefix, codes, out);
     }
 
     #[inline(always)]
-    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams) {
+    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams, _: &[u32]) {
         put_ids(tables, codes, 0, streams);
     }
 }
@@ -225,15 +218,15 @@ pub fn put_ids(tables: &Tables, codes: &[u32], from: usize, streams: &mut Stream
     });
 }
 
-fn is_ragged(coded: &Coded, range: std::ops::Range<usize>, k: u32) -> bool {
+fn is_ragged(coded: &Coded, range: Range<usize>, k: u32) -> bool {
     coded.counts[range].iter().any(|c| u32::from(*c) != k)
 }
 
 fn finish(
     dense: &Dense,
     coded: &Coded,
-    range: std::ops::Range<usize>,
-    entries: std::ops::Range<usize>,
+    range: Range<usize>,
+    entries: Range<usize>,
     streams: &Streams,
     out: &mut Vec<u8>,
 ) {
@@ -250,7 +243,7 @@ fn finish(
     }
     pad(out);
     let (pairs, last) = streams.nibbles.as_chunks::<2>();
-    out.extend(pairs.iter().map(|[low, high]| low | high << 4));
+    out.extend(pairs.iter().map(|pair| u16::from_le_bytes(*pair)).map(|pair| (pair | pair >> 4) as u8));
     out.extend_from_slice(last);
     out.extend_from_slice(differences);
     out.extend_from_slice(raw);

@@ -51,8 +51,8 @@ pub struct Tables {
     pub bases: [[u32; 8]; CLASSES / 4],
     /// Bases by byte, the lowest first.
     pub planes: [[[u8; CLASSES]; 4]; 2],
-    /// The base in the middle of all, those in the middles of its halves, and so on: of ranks and of steps.
-    pub middles: [[[u32; 8]; 2]; 4],
+    /// The base in the middle of the ranks' and that of the steps', then those in the middles of their halves, and so on.
+    pub middles: [[u32; CLASSES]; 4],
     /// Most bits of an id's raw part.
     pub widest: u32,
     pub trained: u64,
@@ -105,7 +105,7 @@ impl Tables {
             widths: [[0; CLASSES]; 2],
             bases: [[0; 8]; CLASSES / 4],
             planes: [[[0; CLASSES]; 4]; 2],
-            middles: [[[0; 8]; 2]; 4],
+            middles: [[0; CLASSES]; 4],
             widest: 0,
             trained,
             bytes: vec![],
@@ -146,8 +146,7 @@ impl Tables {
             if !i.is_multiple_of(CLASSES) {
                 // class 8, then 4 and 12, then 2, 6, 10 and 14, then the odd ones; what no rank reaches stays positive
                 let level = i.trailing_zeros() as usize;
-                let place = (i % CLASSES) >> (level + 1);
-                self.middles[3 - level][i / CLASSES][place] = class.base.min(i32::MAX as u32);
+                self.middles[3 - level][i >> (level + 1)] = class.base.min(i32::MAX as u32);
             }
             for (plane, byte) in self.planes[i / CLASSES].iter_mut().zip(class.base.to_le_bytes()) {
                 plane[i % CLASSES] = byte;
@@ -224,7 +223,7 @@ impl Tables {
             widths: [[0; CLASSES]; 2],
             bases: [[0; 8]; CLASSES / 4],
             planes: [[[0; CLASSES]; 4]; 2],
-            middles: [[[0; 8]; 2]; 4],
+            middles: [[0; CLASSES]; 4],
             widest: 0,
             trained,
             bytes: bytes.to_vec(),

@@ -203,13 +203,12 @@ pub fn best_shift(log_probs: &[f32], per_nat: f32) -> u32 {
             *cost += weight * (error * error);
         }
     }
-    let mut best = 0;
-    for eighths in 1..SHIFTS as usize {
-        if costs[eighths] < costs[best] && steps[0] - eighths as f32 / SHIFTS as f32 >= -0.5 {
-            best = eighths;
-        }
-    }
-    best as u32
+    // no cost is negative, so their bits are in their order; the shift below them decides between equal ones
+    let key = |eighths: u32| match eighths == 0 || steps[0] - eighths as f32 / SHIFTS as f32 >= -0.5 {
+        true => u64::from(costs[eighths as usize].to_bits()) << 32 | u64::from(eighths),
+        false => u64::MAX,
+    };
+    (1..SHIFTS).fold(key(0), |least, eighths| least.min(key(eighths))) as u32
 }
 
 /// The nearest bf16, ties to even; the value is no NaN.

@@ -100,20 +100,15 @@ impl decode::Wide for Avx2 {
 #[cfg(target_arch = "x86_64")]
 impl encode::Put for Avx2 {
     #[inline(always)]
-    fn soon(table: &[u32], places: &[u32]) {
-        put::soon(table, places);
-    }
-
-    #[inline(always)]
     fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
         // SAFETY: as above
         unsafe { put::differences(prefix, codes, out) }
     }
 
     #[inline(always)]
-    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams) {
+    fn ids(tables: &Tables, codes: &[u32], streams: &mut Streams, next: &[u32]) {
         // SAFETY: as above
-        unsafe { put::put_ids(tables, codes, streams) }
+        unsafe { put::put_ids(tables, codes, streams, next) }
     }
 }
 
@@ -164,18 +159,18 @@ pub fn check_rows(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mu
         // SAFETY: the processor has what the function is compiled for; it is safe code otherwise.
         return unsafe { check_rows_avx2(checker, key, rows, counts) };
     }
-    checker.check_rows(key, rows, counts, |_| None)
+    checker.check_rows(key, rows, counts)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
 fn check_rows_avx2(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
-    checker.check_rows(key, rows, counts, |ids| sort::all_differ(ids))
+    checker.check_rows(key, rows, counts)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 pub fn check_rows(checker: &mut Checker, key: &str, rows: &Rows<'_>, counts: &mut Vec<u16>) -> Result<()> {
-    checker.check_rows(key, rows, counts, |_| None)
+    checker.check_rows(key, rows, counts)
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]

@@ -9,9 +9,9 @@ use super::super::prefix::{PrefixCode, ESCAPE};
 use super::super::tables::Tables;
 use super::vectors::{base_of, doubles, load_half, load_shorts, load_words, pick, words};
 
-/// `encode::Put::soon`: brings the entries near.
+/// Brings entries near. All those of a row at once would wait for one another.
 #[inline(always)]
-pub fn soon(table: &[u32], places: &[u32]) {
+fn soon(table: &[u32], places: &[u32]) {
     for place in places {
         let entry = table.as_ptr().wrapping_add(*place as usize);
         // SAFETY: a prefetch reads nothing, whatever the address
@@ -24,6 +24,11 @@ pub fn soon(table: &[u32], places: &[u32]) {
 #[target_feature(enable = "avx2,bmi1,bmi2")]
 pub fn differences(prefix: &PrefixCode, codes: &[u32], out: &mut Room<'_>) {
     let mut at = 1;
+    // a row often begins with entries far apart
+    while at < codes.len() && codes[at] - codes[at - 1] >= SIXTEEN as u32 {
+        prefix.put(codes[at] - codes[at - 1], out);
+        at += 1;
+    }
     while at < codes.len() && codes.len() > SIXTEEN {
         // the last ones with those before them, which are put already
         let kept = SIXTEEN.min(codes.len() - at);
@@ -121,7 +126,8 @@ fn joined(value: __m256i, length: __m256i) -> (__m256i, __m256i) {
 /// `encode::put_ids`: classes are sought among the sixteen bases, and no table of the vocabulary is read.
 #[inline]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
-pub fn put_ids(tables: &Tables, codes: &[u32], streams: &mut Streams) {
+pub fn put_ids(tables: &Tables, codes: &[u32], streams: &mut Streams, next: &[u32]) {
+    let (rank_of, mut next) = (&tables.dictionary.rank_of, next.as_chunks::<8>().0.iter());
     let whole = streams.ranks.len() / 8 * 8;
     let mut last = (_mm256_setzero_si256(), _mm256_set1_epi32(-1)); // rank and code before a row
     let before = _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6);
@@ -135,13 +141,13 @@ pub fn put_ids(tables: &Tables, codes: &[u32], streams: &mut Streams) {
     let nibbles = nibbles[first..].as_chunks_mut::<8>().0;
     streams.raw.put_all(whole * COLUMN_BITS, |out| {
         for ((rank, code), nibbles) in ranks.as_chunks::<8>().0.iter().zip(codes.as_chunks::<8>().0).zip(nibbles) {
+            soon(rank_of, next.next().map_or(&[], |ids| ids));
             let (rank, code) = (load_words(rank), load_words(code));
             let tie = _mm256_cmpeq_epi32(code, shifted(code, last.1));
             let value = _mm256_sub_epi32(rank, _mm256_and_si256(shifted(rank, last.0), tie));
             last = (rank, code);
             let class = class_of(tables, value, tie);
-            *nibbles = as_bytes(class);
-            let class = _mm256_or_si256(class, _mm256_and_si256(tie, _mm256_set1_epi32(CLASSES as i32)));
+            *nibbles = as_bytes(_mm256_and_si256(class, _mm256_set1_epi32(CLASSES as i32 - 1)));
             let raw = _mm256_sub_epi32(value, base_of(tables, class));
             let (pair, pair_length) = joined(raw, width_of(tables, class));
             let (four, four_length) = joined_pairs(pair, pair_length);
@@ -160,15 +166,18 @@ pub fn put_ids(tables: &Tables, codes: &[u32], streams: &mut Streams) {
     }
 }
 
-/// The class of each rank, or step where a tie is: four questions, each with the bases that the answers so far leave.
+/// The class of each rank, or 16 + that of a step where a tie is: four questions, each with the bases that the answers so far leave.
 #[inline]
 #[target_feature(enable = "avx2,bmi1,bmi2")]
 fn class_of(tables: &Tables, value: __m256i, tie: __m256i) -> __m256i {
-    let mut class = _mm256_setzero_si256();
-    for bases in &tables.middles {
+    let one = _mm256_set1_epi32(1);
+    let mut class = _mm256_and_si256(tie, one);
+    for (level, bases) in tables.middles.iter().enumerate() {
+        let bases = bases.as_chunks::<8>().0;
         let base = |i: usize| _mm256_permutevar8x32_epi32(load_words(&bases[i]), class);
-        let above = _mm256_cmpgt_epi32(_mm256_blendv_epi8(base(0), base(1), tie), value);
-        class = _mm256_add_epi32(_mm256_add_epi32(class, class), _mm256_add_epi32(above, _mm256_set1_epi32(1)));
+        let base = if level < 3 { base(0) } else { _mm256_blendv_epi8(base(0), base(1), tie) };
+        let above = _mm256_cmpgt_epi32(base, value);
+        class = _mm256_add_epi32(_mm256_add_epi32(class, class), _mm256_add_epi32(above, one));
     }
     class
 }
@@ -254,7 +263,7 @@ mod tests {
         streams.ranks.extend_from_slice(ranks);
         streams.nibbles.push(3);
         streams.raw.put(5, 3);
-        P::ids(tables, codes, &mut streams);
+        P::ids(tables, codes, &mut streams, ranks);
         let mut differences = BitWriter::default();
         differences.put_all(codes.len() * COLUMN_BITS, |out| P::differences(&tables.codes, codes, out));
         (streams.nibbles, streams.raw.finish().to_vec(), differences.finish().to_vec())
