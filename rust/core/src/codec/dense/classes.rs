@@ -104,18 +104,16 @@ impl ClassCode {
             for c in 0..CLASSES - 1 {
                 sums[c + 1] = add(sums[c], from[c]);
             }
-            for i in 0..CLASSES - 1 {
-                for j in i..CLASSES - 1 {
-                    for (di, dj) in STEPS {
+            for i in (0..CLASSES - 1).filter(|i| *i == 0 || from[*i] != from[i - 1]) {
+                // widths that equal those before them were tried with these
+                for j in (i..CLASSES - 1).filter(|j| *j <= i + 1 || from[*j] != from[j - 1]) {
+                    for (di, dj) in if i == j { &ALONE[..] } else { &TOGETHER } {
                         let mut widths = from;
-                        let (Some(a), Some(b)) = (widths[i].checked_add_signed(di), widths[j].checked_add_signed(dj))
+                        let (Some(a), Some(b)) = (widths[i].checked_add_signed(*di), widths[j].checked_add_signed(*dj))
                         else {
                             continue;
                         };
-                        widths[i] = a;
-                        if i != j {
-                            widths[j] = b;
-                        }
+                        (widths[j], widths[i]) = (b, a);
                         if widths[i].max(widths[j]) > top {
                             continue;
                         }
@@ -154,7 +152,9 @@ struct Sum {
     bits: u64,
 }
 
-const STEPS: [(i8, i8); 8] = [(1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (1, -2), (-2, 1)];
+/// Steps of one width, and of two.
+const ALONE: [(i8, i8); 3] = [(1, 0), (-1, 0), (-2, 0)];
+const TOGETHER: [(i8, i8); 6] = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, -2), (-2, 1)];
 
 /// Bits that hold every value below `bound`.
 pub fn bits(bound: u64) -> u8 {

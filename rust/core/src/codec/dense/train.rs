@@ -12,6 +12,8 @@ use super::Layout;
 pub const TRAINED: u64 = 1 << 21;
 /// Entries that the length of the dictionary is chosen by.
 const SAMPLE: usize = 1 << 18;
+/// Entries that widths and code lengths are learnt from at least, where there are as many.
+const ENOUGH: usize = 1 << 19;
 /// Below this the default widths do.
 const FEW: usize = 1 << 12;
 
@@ -29,8 +31,10 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
             *count += 1;
         }
     }
-    let mut ids: Vec<u32> = (0..layout.vocab_size).filter(|id| counts[*id as usize] > 0).collect();
-    ids.sort_unstable_by_key(|id| (std::cmp::Reverse(counts[*id as usize]), *id));
+    let used = counts.iter().zip(0u32..).filter(|(count, _)| **count > 0);
+    let mut by_count: Vec<u64> = used.map(|(count, id)| u64::from(!count) << 32 | u64::from(id)).collect();
+    by_count.sort_unstable();
+    let ids: Vec<u32> = by_count.iter().map(|key| *key as u32).collect();
     let seldom = |n: u32| ids.partition_point(|id| counts[*id as usize] > n);
     let mut candidates = vec![0, seldom(3), seldom(1), ids.len()];
     candidates.extend([1 << 10, 1 << 12, 1 << 14, 1 << 16].into_iter().filter(|n| *n < ids.len()));
@@ -45,7 +49,7 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
     // the longer the list, the fewer bits, until it costs more than it saves: from the longest one down, until two in turn are worse
     let (mut best, mut near, mut worse) = (None::<(u128, usize)>, None, 0);
     for listed in candidates.into_iter().rev() {
-        let ranking = Ranking::new(layout, &sequences[..sample], dictionary(listed), near);
+        let ranking = Ranking::new(layout, sequences[..sample].iter(), dictionary(listed), near);
         let (values, stored) = ranking.bits();
         let bits = u128::from(values) * entries as u128 / sampled as u128 + u128::from(stored);
         near = Some(ranking.codes.map(|code| code.widths)); // the widths of one length are nearly those of the next
@@ -58,7 +62,8 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
         }
     }
     let (_, listed) = best?;
-    let ranking = Ranking::new(layout, sequences, dictionary(listed), None);
+    let some = || sequences.iter().step_by((entries / ENOUGH).max(1));
+    let ranking = Ranking::new(layout, some(), dictionary(listed), None);
     let bounds = bounds(&layout);
     let column = |values: &mut dyn Iterator<Item = u32>, code: usize| {
         let mut counts = vec![0u32; bounds[code] as usize];
@@ -68,12 +73,12 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
     let (rests, by_difference) = (1 + layout.extra, layout.values.by_difference());
     let grid = layout.values.rest_grid().is_some();
     let rest = |first: bool| {
-        let all = sequences.iter().flat_map(|s| s.rests.iter().enumerate()).filter(move |_| grid);
+        let all = some().flat_map(|s| s.rests.iter().enumerate()).filter(move |_| grid);
         all.filter(move |(i, _)| (i % rests == 0) == first).map(|(_, r)| *r)
     };
-    let firsts = sequences.iter().flat_map(|s| (0..s.tokens.len()).zip(rows(s)).map(|(i, r)| s.first_code(i, r.codes)));
+    let firsts = some().flat_map(|s| (0..s.tokens.len()).zip(rows(s)).map(|(i, r)| s.first_code(i, r.codes)));
     let firsts = firsts.filter(|_| by_difference);
-    let missing = sequences.iter().flat_map(|s| s.counts.iter().map(|c| layout.k - u32::from(*c)));
+    let missing = some().flat_map(|s| s.counts.iter().map(|c| layout.k - u32::from(*c)));
     let [ranks, steps, tokens] = ranking.codes;
     let mut classes = bounds.map(ClassCode::even);
     classes[RANK] = ranks;
@@ -84,10 +89,10 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
     classes[REST] = column(&mut rest(true), REST);
     classes[EXTRA] = column(&mut rest(false), EXTRA);
     let (mut differences, mut draws) = ([0u64; SYMBOLS], [0u64; SYMBOLS]);
-    for row in sequences.iter().flat_map(rows).filter(|_| by_difference) {
+    for row in some().flat_map(rows).filter(|_| by_difference) {
         row.codes.windows(2).for_each(|w| differences[((w[1] - w[0]) as usize).min(ESCAPE)] += 1);
     }
-    sequences.iter().flat_map(|s| &s.draws).for_each(|d| draws[(*d as usize).min(ESCAPE)] += 1);
+    some().flat_map(|s| &s.draws).for_each(|d| draws[(*d as usize).min(ESCAPE)] += 1);
     let (codes, draws) = (PrefixCode::trained(&differences), PrefixCode::trained(&draws));
     Some(Tables::new(layout, classes, codes, draws, ranking.dictionary, entries as u64))
 }
@@ -111,46 +116,56 @@ struct Ranking {
     dictionary: Dictionary,
     /// Of ranks, steps and tokens.
     codes: [ClassCode; 3],
-    counts: [Vec<u32>; 3],
+    /// Of ranks, and from V + 1 on of steps, of which there is none of 0.
+    entries: Vec<u32>,
+    tokens: Vec<u32>,
 }
 
 impl Ranking {
     // widths are sought from `near` on
-    fn new(layout: Layout, sequences: &[Coded], dictionary: Dictionary, near: Option<[[u8; CLASSES]; 3]>) -> Ranking {
+    fn new<'a>(
+        layout: Layout,
+        sequences: impl Iterator<Item = &'a Coded>,
+        dictionary: Dictionary,
+        near: Option<[[u8; CLASSES]; 3]>,
+    ) -> Ranking {
         let (v, k) = (layout.vocab_size as usize, layout.k as usize);
-        let mut counts = [vec![0u32; v], vec![0u32; v], vec![0u32; k + v]];
+        let (mut entries, mut tokens) = (vec![0u32; 2 * v + 1], vec![0u32; k + v]);
         let (mut ranks, mut before) = (Vec::new(), Vec::new());
         for sequence in sequences {
             before.clear();
             for row in rows(sequence) {
                 let token = token_value(row.token, &before, &dictionary, layout.k) as usize;
-                if token < k + v {
-                    counts[2][token] += 1;
+                if let Some(count) = tokens.get_mut(token) {
+                    *count += 1;
                 }
                 rank_row(&dictionary, row.codes, row.ids, &mut ranks, &mut []);
-                for (j, rank) in ranks.iter().enumerate() {
-                    if j > 0 && row.codes[j] == row.codes[j - 1] {
-                        counts[1][(rank - ranks[j - 1] - 1) as usize] += 1;
-                    } else {
-                        counts[0][*rank as usize] += 1;
-                    }
+                let (mut last, mut code) = (0, u32::MAX);
+                for (rank, next) in ranks.iter().zip(row.codes) {
+                    let tie = 0u32.wrapping_sub(u32::from(*next == code));
+                    entries[(rank - (last & tie)) as usize + (v & tie as usize)] += 1;
+                    (last, code) = (*rank, *next);
                 }
                 std::mem::swap(&mut ranks, &mut before);
             }
         }
         let bounds = bounds(&layout);
-        let codes = [0, 1, 2].map(|c| match near {
-            Some(widths) => ClassCode::improved(widths[c], &counts[c], bounds[c]),
-            None => ClassCode::trained(&counts[c], bounds[c]),
-        });
-        Ranking { dictionary, codes, counts }
+        let even = [0, 1, 2].map(|c| ClassCode::even(bounds[c]).widths);
+        let mut ranking = Ranking { dictionary, codes: [(); 3].map(|()| ClassCode::even(1)), entries, tokens };
+        ranking.codes = [0, 1, 2].map(|c| ClassCode::improved(near.unwrap_or(even)[c], ranking.counts()[c], bounds[c]));
+        ranking
+    }
+
+    fn counts(&self) -> [&[u32]; 3] {
+        let v = self.dictionary.id_of.len();
+        [&self.entries[..v], &self.entries[v + 1..], &self.tokens]
     }
 
     // of ids and tokens, and of the dictionary in both its places
     fn bits(&self) -> (u64, u64) {
         let mut stored = Vec::new();
         self.dictionary.encode(&mut stored);
-        let values: u64 = self.codes.iter().zip(&self.counts).map(|(code, counts)| code.cost(counts)).sum();
+        let values: u64 = self.codes.iter().zip(self.counts()).map(|(code, counts)| code.cost(counts)).sum();
         (values, 2 * 8 * stored.len() as u64)
     }
 }
