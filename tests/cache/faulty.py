@@ -29,15 +29,15 @@ def rows(key: str):
     return rng.integers(0, 500, 30), top, {"mass": rng.random(30)}
 
 
-def write(path: Path, committed: set[str]) -> None:
-    """Three commits; `committed` learns what a commit that succeeded has promised."""
-    with cache.Writer(path, SPEC) as w:
+def write(path: Path, committed: set[str], aside: bool = False) -> None:
+    """Three commits, or (aside) four while more is added; `committed` learns what one that succeeded has promised."""
+    with cache.Writer(path, SPEC, shard_bytes=1 if aside else 64 << 20) as w:
         added = set()
         for key in KEYS:
             tokens, top, columns = rows(key)
             w.add(key, tokens, top, columns=columns)
             added.add(key)
-            if key in "bc":
+            if key in "bc" and not aside:
                 w.flush()
                 committed |= added
     committed |= added
@@ -52,15 +52,15 @@ def fail(kind: str, code: int, nth: int, under: Path) -> None:
     shim.fault_set(kind.encode(), nth, code, str(under).encode())
 
 
-def writers(root: Path, calm: dict[str, bytes], kind: str, code: int) -> int:
+def writers(root: Path, calm: dict[str, bytes], kind: str, code: int, aside: bool = False) -> int:
     for nth in range(1, 1000):
-        path = root / f"{kind}-{code}-{nth}"
+        path = root / f"{kind}-{code}-{aside}-{nth}"
         path.mkdir()
         committed: set[str] = set()
         fail(kind, code, nth, path)
         error = None
         try:
-            write(path, committed)
+            write(path, committed, aside)
         except OSError as refused:
             error = str(refused)
             assert refused.errno == code and str(path) in error, error
@@ -105,6 +105,7 @@ for kind, code in [
     ("link", errno.EPERM), ("open", errno.EMFILE), ("truncate", errno.EIO),
 ]:  # fmt: skip
     print(kind, code, writers(root, calm, kind, code), flush=True)
+    writers(root, calm, kind, code, aside=True)
 shim.fault_links(0)  # records are then created and written in place
 print("write", errno.EIO, writers(root, calm, "write", errno.EIO), flush=True)
 print("read", errno.EIO, readers(root / "calm", calm))

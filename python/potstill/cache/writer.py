@@ -24,7 +24,8 @@ class Writer:
     resume: continue an existing cache of an equal spec; whole sequences of writers that died are taken
         over. False refuses an existing cache.
     shard_bytes: a shard is committed when it reaches this size; a kill loses at most the sequence being
-        written and a power failure at most the open shard.
+        written and a power failure at most the open shard and the full one before it, which is committed while more
+        is added: what fails then is raised by the next call. flush() and close() return when all is durable.
 
     A with-block commits and closes at its end; left by an exception it commits what is whole, and the
     exception goes on.

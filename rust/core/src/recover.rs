@@ -39,7 +39,7 @@ pub fn recover(root: &Path) -> Result<Salvage> {
     let mut writer = Writer::open(root, &spec_text, true, 64 << 20)?;
     let mut salvage = std::mem::take(&mut writer.salvaged);
     salvage.lost.extend(lost);
-    writer.state().compact(root)?;
+    writer.compact()?;
     writer.close()?;
     Ok(salvage)
 }

@@ -4,11 +4,11 @@ mod ahead;
 mod commit;
 pub mod open_shard;
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
+use self::commit::{Committed, Leaving, Ledger};
 use self::open_shard::{encode_dense, encode_plain, OpenShard};
 use crate::codec::dense::{train, Coded, Dense, TRAINED};
 use crate::codec::Codec;
@@ -24,23 +24,16 @@ use crate::salvage::{self, Salvage};
 use crate::shard::open_shard as open_shard_of;
 use crate::spec::Spec;
 
-struct Known {
-    shard: usize,
-    content_hash: u128,
-}
-
 pub struct Writer {
     root: PathBuf,
-    state: State,
+    spec: Spec,
     codec: Codec,
     shard_bytes: u64,
     checker: Checker,
     counts: Vec<u16>,
-    committed: HashMap<String, Known>,
-    /// Names of committed shards, for messages.
-    names: Vec<String>,
-    /// The shard whose tables learnt from most entries, until they are taken.
-    best_tables: Option<(String, u64)>,
+    ledger: Arc<Mutex<Ledger>>,
+    committed: Arc<RwLock<Committed>>,
+    leaving: Option<Leaving>,
     open: Option<OpenShard>,
     /// The rows of the open shard, as long as tables may be learnt from them.
     learning: Vec<Coded>,
@@ -60,26 +53,25 @@ impl Writer {
         for dir in [open_dir(root), shards_dir(root), log_dir(root)] {
             files::make_dir(&dir)?;
         }
+        let (spec, committed) = (state.spec.clone(), Arc::new(RwLock::new(Committed::default())));
+        let mut ledger = Ledger::new(root.to_path_buf(), state, Arc::clone(&committed))?;
+        ledger.adopt_orphans()?;
         let mut writer = Writer {
             root: root.to_path_buf(),
-            codec: Codec::for_spec(&state.spec),
+            codec: Codec::for_spec(&spec),
             checker: Checker::new(&spec),
-            state,
+            spec,
             shard_bytes,
             counts: Vec::new(),
-            committed: HashMap::new(),
-            names: Vec::new(),
-            best_tables: None,
+            ledger: Arc::new(Mutex::new(ledger)),
+            committed,
+            leaving: None,
             open: None,
             learning: Vec::new(),
             stopped: None,
             process: std::process::id(),
             salvaged: Salvage::default(),
         };
-        for entry in writer.state.shards.clone() {
-            writer.learn(&entry)?;
-        }
-        writer.adopt_orphans()?;
         writer.take_tables()?;
         writer.salvaged = salvage::salvage_dead(&mut writer)?;
         Ok(writer)
@@ -122,20 +114,25 @@ impl Writer {
     }
 
     pub fn spec(&self) -> &Spec {
-        &self.state.spec
+        &self.spec
     }
 
-    pub(crate) fn state(&mut self) -> &mut State {
-        &mut self.state
+    /// Writes the manifest.
+    pub(crate) fn compact(&self) -> Result<()> {
+        self.ledger().state.compact(&self.root)
     }
 
     pub fn contains(&self, key: &str) -> bool {
-        self.committed.contains_key(key) || self.open.as_ref().is_some_and(|o| o.get(key).is_some())
+        self.find(key).is_some()
     }
 
     /// Committed sequences.
     pub fn committed(&self) -> usize {
-        self.committed.len()
+        self.shared().len()
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, Committed> {
+        self.committed.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sequences and bytes that the next commit will hold.
@@ -143,7 +140,7 @@ impl Writer {
         self.open.as_ref().map_or((0, 0), |o| (o.sequences().len(), o.bytes()))
     }
 
-    fn ready(&self) -> Result<()> {
+    fn ready(&mut self) -> Result<()> {
         if let Some(why) = &self.stopped {
             return Err(Error::Stopped(why.clone()));
         }
@@ -151,7 +148,10 @@ impl Writer {
             let what = format!("it was opened in process {}, open one in this process", self.process);
             return Err(Error::Stopped(what));
         }
-        Ok(())
+        match self.leaving.as_ref().is_some_and(Leaving::is_finished) {
+            true => self.settle(),
+            false => Ok(()),
+        }
     }
 
     /// Adds a sequence; false when the cache holds it already with equal content.
@@ -163,7 +163,7 @@ impl Writer {
     pub fn add_with(&mut self, key: &str, rows: &Rows<'_>, columns: &[&[u8]]) -> Result<bool> {
         self.ready()?;
         check_key(key.as_bytes()).map_err(Error::Refused)?;
-        Values { columns: &self.state.spec.columns, bytes: columns }.check(key, rows.len())?;
+        Values { columns: &self.spec.columns, bytes: columns }.check(key, rows.len())?;
         let mut counts = std::mem::take(&mut self.counts);
         let checked = self.checker.check(key, rows, &mut counts);
         let added = checked.and_then(|()| self.add_checked(key, rows, &counts, columns));
@@ -173,12 +173,12 @@ impl Writer {
 
     /// From here on rows may be such as a cache holds: the codec's rounding may have lifted their mass.
     pub fn accept_rounded(&mut self) {
-        self.checker = Checker::stored(&self.state.spec);
+        self.checker = Checker::stored(&self.spec);
     }
 
     /// Adds rows that a cache held before: the codec's rounding may have lifted their mass.
     pub(crate) fn add_stored(&mut self, key: &str, rows: &Rows<'_>, columns: &Collected) -> Result<bool> {
-        let strict = std::mem::replace(&mut self.checker, Checker::stored(&self.state.spec));
+        let strict = std::mem::replace(&mut self.checker, Checker::stored(&self.spec));
         let added = self.add_with(key, rows, &columns.slices());
         self.checker = strict;
         added
@@ -186,8 +186,8 @@ impl Writer {
 
     fn add_checked(&mut self, key: &str, rows: &Rows<'_>, counts: &[u16], columns: &[&[u8]]) -> Result<bool> {
         let first_block = self.open.as_ref().map_or(0, OpenShard::next_block);
-        let columns = Values { columns: &self.state.spec.columns, bytes: columns };
-        let k = self.state.spec.k;
+        let columns = Values { columns: &self.spec.columns, bytes: columns };
+        let k = self.spec.k;
         let mut learnable = None;
         let encoded = match &self.codec {
             Codec::Plain(codec) => {
@@ -211,7 +211,7 @@ impl Writer {
         };
         let open = match &mut self.open {
             Some(open) => open,
-            None => self.open.insert(OpenShard::create(&open_dir(&self.root), &self.state.spec, &self.codec)?),
+            None => self.open.insert(OpenShard::create(&open_dir(&self.root), &self.spec, &self.codec)?),
         };
         open.append(encoded)?;
         self.learning.extend(learnable);
@@ -219,17 +219,25 @@ impl Writer {
             self.retrain()?;
         }
         if self.pending().1 >= self.shard_bytes {
-            self.commit()?;
+            self.commit_aside()?;
         }
         Ok(true)
     }
 
+    // content hash of a sequence, and where it is
+    fn find(&self, key: &str) -> Option<(u128, String)> {
+        let leaving = || self.leaving.as_ref().and_then(|l| l.sequences.get(key));
+        let open = || self.open.as_ref().and_then(|o| o.get(key));
+        // what leaves is committed before it is forgotten
+        let leaving = leaving().map(|hash| (*hash, "the shard that is being committed".to_string()));
+        leaving
+            .or_else(|| self.shared().get(key).map(|(hash, shard)| (hash, format!("shard {shard}"))))
+            .or_else(|| open().map(|s| (s.content_hash, "the open shard (not yet committed)".to_string())))
+    }
+
     // true when the key is there with equal content; other content is an error
     fn is_known(&self, key: &str, hash: u128) -> Result<bool> {
-        let committed = self.committed.get(key).map(|k| (k.content_hash, format!("shard {}", self.names[k.shard])));
-        let pending = self.open.as_ref().and_then(|o| o.get(key));
-        let pending = pending.map(|p| (p.content_hash, "the open shard (not yet committed)".to_string()));
-        match committed.or(pending) {
+        match self.find(key) {
             None => Ok(false),
             Some((known, _)) if known == hash => Ok(true),
             Some((_, there)) => Err(Error::Duplicate { key: key.to_string(), here: "the open shard".into(), there }),
@@ -239,11 +247,11 @@ impl Writer {
     // the tables of the shard that learnt from most rows
     fn take_tables(&mut self) -> Result<()> {
         let Codec::Dense(dense) = &self.codec else { return Ok(()) };
-        let Some((name, trained)) = self.best_tables.take() else { return Ok(()) };
+        let Some((name, trained)) = self.ledger().best_tables.take() else { return Ok(()) };
         if trained > dense.tables.trained {
             let path = shards_dir(&self.root).join(shard_file(&name));
             let source = files::open_regular(&path).map_err(Error::io("open", &path))?;
-            self.codec = open_shard_of(&self.root, &name, &self.state.spec)?.codec(&source)?;
+            self.codec = open_shard_of(&self.root, &name, &self.spec)?.codec(&source)?;
         }
         Ok(())
     }
@@ -264,11 +272,11 @@ impl Writer {
     fn retrain(&mut self) -> Result<()> {
         let (Codec::Dense(dense), Some(open)) = (&self.codec, &self.open) else { return Ok(()) };
         let Some(tables) = train(dense.layout, &self.learning) else { return Ok(()) };
-        let columns = &self.state.spec.columns;
+        let columns = &self.spec.columns;
         let further = open.further(columns)?;
         let trained = Dense { layout: dense.layout, tables: Arc::new(tables) };
         let codec = Codec::Dense(trained.clone());
-        let mut smaller = OpenShard::create(&open_dir(&self.root), &self.state.spec, &codec)?;
+        let mut smaller = OpenShard::create(&open_dir(&self.root), &self.spec, &codec)?;
         for ((coded, further), old) in self.learning.iter().zip(&further).zip(open.sequences()) {
             let bytes = further.slices();
             let values = Values { columns, bytes: &bytes };
@@ -297,9 +305,11 @@ impl Writer {
             return Ok(());
         }
         self.commit()?;
-        if self.state.compacted != self.state.next {
-            self.state.compact(&self.root).map_err(|e| e.advise(AGAIN))?;
+        let mut ledger = self.ledger();
+        if ledger.state.compacted != ledger.state.next {
+            ledger.state.compact(&self.root).map_err(|e| e.advise(AGAIN))?;
         }
+        drop(ledger);
         self.stopped = Some(CLOSED.to_string());
         Ok(())
     }
@@ -313,8 +323,12 @@ const CLOSED: &str = "it was closed; open another with resume=True";
 
 impl Drop for Writer {
     fn drop(&mut self) {
+        if self.process != std::process::id() {
+            return;
+        }
+        let _ = self.settle();
         // an open shard with sequences stays for the next writer to salvage; an empty one is worth nothing
-        if let Some(open) = self.open.take().filter(|_| self.process == std::process::id()) {
+        if let Some(open) = self.open.take() {
             if open.sequences().is_empty() {
                 let _ = fs::remove_file(&open.path);
             }
