@@ -152,20 +152,20 @@ fn check_error(values: Values, by: f32, given: &[f32], codes: &[u32]) -> Result<
     let off = |lp: f32, back: f32| {
         let bound = nat - part * lp.min(0.0) + lp.max(0.0);
         let far = (lp < -1000.0) & (back <= -1000.0) & saturates;
-        !((back == lp) | ((back - lp).abs() <= bound) | far) // NaN is off
+        u32::from(!((back == lp) | ((back - lp).abs() <= bound) | far)) // NaN is off
     };
     let pairs = || given.iter().zip(codes);
-    let any = match values {
+    let wrong = match values {
         Values::Grid { per_nat } | Values::Shifted { per_nat } => {
             let step = 1.0 / f32::from(per_nat);
-            pairs().fold(false, |any, (lp, code)| any | off(*lp, shifted_value(*code, by, step)))
+            pairs().fold(0, |any, (lp, code)| any | off(*lp, shifted_value(*code, by, step)))
         }
-        _ => pairs().fold(false, |any, (lp, code)| any | off(*lp, values.value(*code, by))),
+        _ => pairs().fold(0, |any, (lp, code)| any | off(*lp, values.value(*code, by))),
     };
-    if !any {
+    if wrong == 0 {
         return Ok(());
     }
-    let j = pairs().position(|(lp, code)| off(*lp, values.value(*code, by))).unwrap_or(0);
+    let j = pairs().position(|(lp, code)| off(*lp, values.value(*code, by)) > 0).unwrap_or(0);
     let back = values.value(codes[j], by);
     Err(match values {
         Values::Bf16Logits => format!(

@@ -13,7 +13,7 @@ pub const TRAINED: u64 = 1 << 21;
 /// Entries that the length of the dictionary is chosen by.
 const SAMPLE: usize = 1 << 18;
 /// Entries that widths and code lengths are learnt from at least, where there are as many.
-const ENOUGH: usize = 1 << 19;
+const ENOUGH: usize = 1 << 18;
 /// Below this the default widths do.
 const FEW: usize = 1 << 12;
 
