@@ -343,7 +343,9 @@ def test_logarithmic_ticks_are_plain_numbers():
     figure.draw_without_rendering()
     for axes in figure.axes:
         across, up = ([t.get_text() for t in axis.get_majorticklabels()] for axis in (axes.xaxis, axes.yaxis))
-        assert {"64", "256", "4k"} <= set(across) and {"20", "50", "100"} <= set(up)
+        # which powers of two are marked is the library's choice
+        powers = {str(2**i) for i in range(10)} | {f"{2**i}k" for i in range(10)}
+        assert len(powers & set(across)) >= 3 and not set(across) - powers - {""} and {"20", "50", "100"} <= set(up)
         assert not any(tick.get_text() for tick in axes.yaxis.get_minorticklabels())
 
 

@@ -270,6 +270,23 @@ def test_many_processes_write_one_folder(tmp_path, lab):
 
 
 @needs_signals
+def test_a_writer_forked_while_a_shard_is_committed_refuses_and_does_not_wait(tmp_path, lab):
+    def child(writer: cache.Writer) -> None:
+        signal.alarm(30)  # the thread that commits is not in this process: nothing may wait for it
+        for call in (lambda: add(writer, lab, "other", 1), writer.flush, writer.close):
+            with pytest.raises(RuntimeError, match="opened in process"):
+                call()
+
+    path, given = tmp_path / "c", {}
+    with cache.Writer(path, lab.spec(), shard_bytes=1 << 14) as w:
+        for i in range(4):
+            given[f"{i}"] = add(w, lab, f"{i}", i, n=3_000)  # a shard each, on its way when the process is copied
+            assert exit_code(fork(lambda: child(w))) == 0
+    assert len(cache.open(path)) == 4
+    lab.check(cache.open(path), given)
+
+
+@needs_signals
 def test_a_full_disk_is_a_clean_error(tmp_path):
     """A file size limit stands for a full disk: OSError, the committed part intact, the writer usable."""
     code = f"""

@@ -18,13 +18,16 @@ PARTS = (*OTHERS, " and ".join(f"not {part}" for part in OTHERS))
 def test_kernels_in_the_interpreter(part):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:xdist"]
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-rs", "-p", "no:xdist"]
     command += ["-p", "no:cacheprovider"]
     command += ["-m", "not gpu", "-k", f"({part}) and not on-host", str(HERE / "interpreted")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    summary = done.stdout.strip().splitlines()[-1]
-    assert " passed" in summary and "skipped" not in summary, summary
+    *lines, summary = done.stdout.strip().splitlines()
+    left_out = [
+        line for line in lines if line.startswith("SKIPPED") and "Triton 3.2 has no one-bit constants" not in line
+    ]
+    assert " passed" in summary and not left_out, done.stdout[-2000:]
 
 
 def test_without_triton_it_refuses_with_a_sentence():

@@ -185,8 +185,8 @@ impl Writer {
 
     /// Commits everything added so far as one shard; its name, or None when there was nothing new.
     pub fn commit(&mut self) -> Result<Option<String>> {
+        self.ready()?; // a forked process has no thread to wait for
         self.settle()?;
-        self.ready()?;
         let Some(sealed) = self.seal()? else { return Ok(None) };
         let done = self.ledger().commit(sealed);
         self.stop_by(done)
