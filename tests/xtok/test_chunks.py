@@ -19,7 +19,8 @@ def test_sums_and_their_gradient(alignment, side, backend, dtype):
     values[0] = 0.0
     values.requires_grad_()
     got = chunk_log_probs(values, alignment, side, backend=backend)
-    want = torch.stack([values[chunk == c].clamp(max=0).sum() for c in range(len(alignment))])
+    negative = torch.where(values > 0, 0.0, values)  # clamp has no gradient at its bound from torch 2.15 on
+    want = torch.stack([negative[chunk == c].sum() for c in range(len(alignment))])
     torch.testing.assert_close(got, want)
     up = torch.arange(1.0, len(want) + 1, dtype=dtype)
     for g, w in zip(torch.autograd.grad(got, values, up), torch.autograd.grad(want, values, up), strict=True):

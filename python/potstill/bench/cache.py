@@ -27,8 +27,8 @@ Row = dict[str, Any]
 VALUES = ("1/16", "1/32", "bf16_logits")
 # rows written, the given ones over and over, and bytes of a shard: several fsyncs in a write
 START = (40_000, 1 << 22)  # much of which is learning tables
-LONG = (300_000, 1 << 24)
-SLOW = 3.0  # seconds: a store that would take longer writes no long run
+LONG = (1_000_000, 1 << 24)
+SLOW = 6.0  # seconds: a store that would take longer writes no long run
 
 
 def spec_of(rows: Rows, values: str) -> cache.Spec:
@@ -128,9 +128,12 @@ def size(folder: Path) -> int:
 def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds to write the rows over and over, durably: of `names`, and of two threads with the first of VALUES."""
     n, shard = amount
-    many = rows.repeated(min(n, 50 * len(rows.tokens)))
-    root.mkdir()
+    many = rows.repeated(min(n, 200 * len(rows.tokens)))
     count = iter(range(10**9))
+
+    def clear() -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
 
     def fresh() -> Path:
         path = root / f"{next(count)}"
@@ -152,7 +155,7 @@ def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, r
     variants |= {store.name: rival(store) for store in cache_rivals.STORES if store.name in names}
     given = topk(many, VALUES[0])
     variants["two threads"] = lambda: write_in_two_threads(fresh(), many, given, VALUES[0], shard)
-    seconds = in_turns(variants, repeats)
+    seconds = in_turns(variants, repeats, before=clear)
     shutil.rmtree(root)
     return {name: [t / len(many.tokens) for t in taken] for name, taken in seconds.items()}
 

@@ -28,19 +28,26 @@ Variant = Callable[[], Any]
 
 
 def in_turns(
-    variants: dict[str, Variant], repeats: int = 5, warm_up: int = 1, limit: float = float("inf"), least: float = 0.05
+    variants: dict[str, Variant],
+    repeats: int = 5,
+    warm_up: int = 1,
+    limit: float = float("inf"),
+    least: float = 0.05,
+    before: Variant = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each variant, once a round; every round gives each its turn, the order reversed from round to round.
 
     A turn repeats the call until `least` seconds have passed and counts the mean: what a call finds in the processor's
     caches is then its own and not what the variant before it left. With fewer than three rounds, which are no figures,
-    it is one call. A variant whose last warm-up call took more than `limit` seconds is left out.
+    it is one call. A variant whose last warm-up call took more than `limit` seconds is left out. A turn begins with a
+    call of `before`, outside its time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     least = least if repeats >= 3 else 0.0
     for round_ in range(warm_up + repeats):
         names = list(seconds)
         for name in names if round_ % 2 else names[::-1]:
+            before()
             start, taken, calls = time.perf_counter(), 0.0, 0
             while not calls or (taken < least and round_ >= warm_up):
                 variants[name]()

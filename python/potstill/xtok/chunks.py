@@ -20,7 +20,8 @@ def chunk_log_probs(log_probs: Tensor, alignment: Alignment, side: str = "studen
 
     log_probs: [n] of every token of that side given those before it, laid out as `alignment.student_chunk` or
     `teacher_chunk`; fp64 stays, all else becomes fp32. Values above 0 count 0 and get no gradient, as special tokens
-    inside a chunk. Equals `zeros(C).index_add(0, chunk[chunk >= 0], log_probs.clamp(max=0)[chunk >= 0])`.
+    inside a chunk. Equals `zeros(C).index_add(0, chunk[inside], torch.where(log_probs > 0, 0, log_probs)[inside])` with
+    `inside = chunk >= 0`.
     """
     chunk = alignment.student_chunk if side == "student" else alignment.teacher_chunk
     flat = log_probs.reshape(-1)
