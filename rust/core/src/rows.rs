@@ -1,7 +1,5 @@
 //! The rows of one sequence and the rules they must obey before they may be written.
 
-use std::cmp::Ordering;
-
 use crate::codec::dense::{check_rows, Layout, Values};
 use crate::error::{Error, Result};
 use crate::spec::Spec;
@@ -332,12 +330,9 @@ fn check_sorted(ids: &[i32]) -> std::result::Result<(), String> {
 fn check_order(log_probs: &[f32]) -> std::result::Result<(), String> {
     // a NaN fails every comparison, so the first entry and the chain of <= cover all
     let later = log_probs.get(1..).unwrap_or_default();
-    let wrong = log_probs
-        .iter()
-        .zip(later)
-        .fold(0, |any, (a, b)| any | u32::from(!matches!(b.partial_cmp(a), Some(Ordering::Less | Ordering::Equal))));
+    let ordered: u32 = log_probs.iter().zip(later).map(|(a, b)| u32::from(b <= a)).sum();
     let bounded = log_probs.first().is_none_or(|lp| *lp <= TOLERANCE);
-    if wrong == 0 && bounded {
+    if ordered as usize == later.len() && bounded {
         return Ok(());
     }
     for (j, lp) in log_probs.iter().enumerate() {

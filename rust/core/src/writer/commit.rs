@@ -195,6 +195,7 @@ impl Writer {
     // the same while further rows are added; what fails is told then
     pub(super) fn commit_aside(&mut self) -> Result<()> {
         self.settle()?;
+        // the thread is made first: where there is none, the shard is still open
         let ledger = Arc::clone(&self.ledger);
         let (send, receive) = channel::<Sealed>();
         let work = move || match receive.recv() {

@@ -15,6 +15,8 @@ const RUNS: usize = 1 << RUN_BITS;
 const RUN: usize = 8;
 /// Numbers that one look-up gives at most.
 pub const LANES: usize = 6;
+/// More than five runs have together.
+pub const MOST_COUNTED: usize = 32;
 
 #[derive(Clone)]
 pub struct PrefixCode {
@@ -25,7 +27,7 @@ pub struct PrefixCode {
     pub small: [[u8; 16]; 3],
     /// By window: symbol | length << 8.
     single: Vec<u16>,
-    /// By window: a run of 8 bytes. Some more, so that each can be read in two halves of any length.
+    /// By window: a run of 8 bytes, and one more, so that 8 bytes can be read from any place in a run.
     runs: Box<[u8; RUN * (RUNS + 1)]>,
     /// By window: 4 bits for each number of its run, the bits up to its end.
     ends: Box<[u32; RUNS]>,
@@ -36,7 +38,7 @@ pub struct PrefixCode {
 pub struct Run<'a>(&'a [u8; 2 * RUN]);
 
 impl<'a> Run<'a> {
-    /// Its lowest byte is `length`, the next one `count`; words of a few runs add up in the same way.
+    /// All of it. The sum of the words of a few runs has the sums of `length_of_word` and of `count_of_word`.
     #[inline(always)]
     pub fn word(&self) -> u64 {
         let [word, _] = self.0.as_chunks::<RUN>().0 else { return 0 };
@@ -45,12 +47,12 @@ impl<'a> Run<'a> {
 
     #[inline(always)]
     pub fn length(&self) -> usize {
-        self.word() as usize & 255
+        length_of_word(self.word())
     }
 
     #[inline(always)]
     pub fn count(&self) -> usize {
-        (self.word() >> 8) as usize & 255
+        count_of_word(self.word())
     }
 
     #[inline(always)]
@@ -63,6 +65,17 @@ impl<'a> Run<'a> {
     pub fn sums(&self) -> &'a [u8; RUN] {
         self.0[2..].first_chunk().expect("16 bytes")
     }
+}
+
+#[inline(always)]
+pub fn length_of_word(word: u64) -> usize {
+    word as usize & 255
+}
+
+/// Of five runs at most.
+#[inline(always)]
+pub fn count_of_word(word: u64) -> usize {
+    (word >> 8) as usize % MOST_COUNTED
 }
 
 impl PrefixCode {

@@ -12,7 +12,7 @@ use super::Layout;
 pub const TRAINED: u64 = 1 << 21;
 /// Entries that the length of the dictionary is chosen by.
 const SAMPLE: usize = 1 << 18;
-/// Entries that widths and code lengths are learnt from at least, where there are as many.
+/// Entries that widths and code lengths are learnt from, or some more: those of every n-th sequence.
 const ENOUGH: usize = 1 << 18;
 /// Below this the default widths do.
 const FEW: usize = 1 << 12;
@@ -62,8 +62,8 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
         }
     }
     let (_, listed) = best?;
-    let some = || sequences.iter().step_by((entries / ENOUGH).max(1));
-    let ranking = Ranking::new(layout, some(), dictionary(listed), None);
+    let thinned = || sequences.iter().step_by((entries / ENOUGH).max(1));
+    let ranking = Ranking::new(layout, thinned(), dictionary(listed), None);
     let bounds = bounds(&layout);
     let column = |values: &mut dyn Iterator<Item = u32>, code: usize| {
         let mut counts = vec![0u32; bounds[code] as usize];
@@ -73,12 +73,12 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
     let (rests, by_difference) = (1 + layout.extra, layout.values.by_difference());
     let grid = layout.values.rest_grid().is_some();
     let rest = |first: bool| {
-        let all = some().flat_map(|s| s.rests.iter().enumerate()).filter(move |_| grid);
+        let all = thinned().flat_map(|s| s.rests.iter().enumerate()).filter(move |_| grid);
         all.filter(move |(i, _)| (i % rests == 0) == first).map(|(_, r)| *r)
     };
-    let firsts = some().flat_map(|s| (0..s.tokens.len()).zip(rows(s)).map(|(i, r)| s.first_code(i, r.codes)));
+    let firsts = thinned().flat_map(|s| (0..s.tokens.len()).zip(rows(s)).map(|(i, r)| s.first_code(i, r.codes)));
     let firsts = firsts.filter(|_| by_difference);
-    let missing = some().flat_map(|s| s.counts.iter().map(|c| layout.k - u32::from(*c)));
+    let missing = thinned().flat_map(|s| s.counts.iter().map(|c| layout.k - u32::from(*c)));
     let [ranks, steps, tokens] = ranking.codes;
     let mut classes = bounds.map(ClassCode::even);
     classes[RANK] = ranks;
@@ -89,10 +89,10 @@ pub fn train<'a>(layout: Layout, sequences: &'a [Coded]) -> Option<Tables> {
     classes[REST] = column(&mut rest(true), REST);
     classes[EXTRA] = column(&mut rest(false), EXTRA);
     let (mut differences, mut draws) = ([0u64; SYMBOLS], [0u64; SYMBOLS]);
-    for row in some().flat_map(rows).filter(|_| by_difference) {
+    for row in thinned().flat_map(rows).filter(|_| by_difference) {
         row.codes.windows(2).for_each(|w| differences[((w[1] - w[0]) as usize).min(ESCAPE)] += 1);
     }
-    some().flat_map(|s| &s.draws).for_each(|d| draws[(*d as usize).min(ESCAPE)] += 1);
+    thinned().flat_map(|s| &s.draws).for_each(|d| draws[(*d as usize).min(ESCAPE)] += 1);
     let (codes, draws) = (PrefixCode::trained(&differences), PrefixCode::trained(&draws));
     Some(Tables::new(layout, classes, codes, draws, ranking.dictionary, entries as u64))
 }
@@ -110,6 +110,12 @@ fn rows(coded: &Coded) -> impl Iterator<Item = Entries<'_>> {
         at = range.end;
         Entries { token: *token, ids: &coded.ids[range.clone()], codes: &coded.codes[range] }
     })
+}
+
+/// Counts of ranks, steps and tokens.
+fn columns<'a>(entries: &'a [u32], tokens: &'a [u32]) -> [&'a [u32]; 3] {
+    let (ranks, steps) = entries.split_at(entries.len() / 2);
+    [ranks, &steps[1..], tokens]
 }
 
 struct Ranking {
@@ -150,22 +156,20 @@ impl Ranking {
             }
         }
         let bounds = bounds(&layout);
-        let even = [0, 1, 2].map(|c| ClassCode::even(bounds[c]).widths);
-        let mut ranking = Ranking { dictionary, codes: [(); 3].map(|()| ClassCode::even(1)), entries, tokens };
-        ranking.codes = [0, 1, 2].map(|c| ClassCode::improved(near.unwrap_or(even)[c], ranking.counts()[c], bounds[c]));
-        ranking
-    }
-
-    fn counts(&self) -> [&[u32]; 3] {
-        let v = self.dictionary.id_of.len();
-        [&self.entries[..v], &self.entries[v + 1..], &self.tokens]
+        let counts = columns(&entries, &tokens);
+        let codes = [0, 1, 2].map(|c| match near {
+            Some(widths) => ClassCode::improved(widths[c], counts[c], bounds[c]),
+            None => ClassCode::trained(counts[c], bounds[c]),
+        });
+        Ranking { dictionary, codes, entries, tokens }
     }
 
     // of ids and tokens, and of the dictionary in both its places
     fn bits(&self) -> (u64, u64) {
         let mut stored = Vec::new();
         self.dictionary.encode(&mut stored);
-        let values: u64 = self.codes.iter().zip(self.counts()).map(|(code, counts)| code.cost(counts)).sum();
+        let values: u64 =
+            self.codes.iter().zip(columns(&self.entries, &self.tokens)).map(|(code, counts)| code.cost(counts)).sum();
         (values, 2 * 8 * stored.len() as u64)
     }
 }

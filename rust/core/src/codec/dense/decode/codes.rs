@@ -1,7 +1,7 @@
 //! Differences of rows as running sums: each look-up gives several of them.
 
 use super::super::bitstream::BitReader;
-use super::super::prefix::{PrefixCode, LANES, RUN_BITS};
+use super::super::prefix::{count_of_word, length_of_word, PrefixCode, LANES, MOST_COUNTED, RUN_BITS};
 use super::{Wide, GROUP};
 
 /// Sums that a look-up writes, of which at most LANES count.
@@ -9,8 +9,8 @@ pub const WRITTEN: usize = 8;
 /// Look-ups that one window of 57 bits is enough for.
 const LOOK_UPS: usize = 57 / RUN_BITS as usize;
 /// Room for the sums that the look-ups of a window write.
-const REACH: usize = 32 + WRITTEN;
-const _: () = assert!(LOOK_UPS * LANES < 32);
+const REACH: usize = MOST_COUNTED + WRITTEN;
+const _: () = assert!(LOOK_UPS * LANES < MOST_COUNTED);
 /// Sums that are written behind the last one wanted.
 const OVERRUN: usize = WRITTEN;
 
@@ -54,18 +54,17 @@ impl<'a> Ahead<'a> {
         let slots = self.sums.get_mut(self.at..self.end + OVERRUN)?;
         let Some(slots) = slots.first_chunk_mut::<REACH>() else { return Some(false) };
         let mut window = self.stream.window()?;
-        // lengths and counts as bytes of one word
         let (mut taken, mut last, mut sum) = (0u64, 0, self.last);
         for _ in 0..LOOK_UPS {
-            let (run, count) = (prefix.run(window), count_of(taken));
+            let (run, count) = (prefix.run(window), count_of_word(taken));
             *slots[count..].first_chunk_mut()? = W::raised(run.sums(), sum);
             last = run.word();
             taken = taken.wrapping_add(last);
             window >>= last % 64;
             sum = sum.wrapping_add(run.total());
         }
-        let (mut length, mut count) = ((taken & 255) as usize, count_of(taken));
-        if count_of(last) == 0 {
+        let (mut length, mut count) = (length_of_word(taken), count_of_word(taken));
+        if count_of_word(last) == 0 {
             // an escape, on which all look-ups from its own on have stood still
             let mut bits = self.stream.clone();
             bits.at += length;
@@ -117,12 +116,6 @@ impl<'a> Ahead<'a> {
     pub fn ended(&self, len: usize) -> Result<(), String> {
         self.stream.end(len)
     }
-}
-
-/// `Run::count` of a word, or of the sum of the words of a window.
-#[inline(always)]
-fn count_of(word: u64) -> usize {
-    (word >> 8) as usize % 32
 }
 
 #[cfg(test)]
