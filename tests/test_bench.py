@@ -69,7 +69,7 @@ def test_memory_is_measured_where_it_is_known():
 
 def test_variants_take_turns():
     order: list[str] = []
-    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3, warm_up=1, least=0)
+    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, repeats=3, least=0, whole=0)
     assert "".join(order) == "baabbaab" and all(len(s) == 3 for s in seconds.values())
 
 
@@ -82,12 +82,14 @@ def test_short_calls_fill_their_turn_and_count_by_their_mean(monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     calls = {"short": lambda: call("short", 0.25), "long": lambda: call("long", 3.0)}
-    seconds = in_turns(calls, repeats=3, warm_up=1, least=1.0, before=lambda: call("before", 7.0))
+    seconds = in_turns(calls, repeats=3, warm_up=1, least=1.0, whole=0.0, before=lambda: call("before", 7.0))
     assert seconds == {"short": [0.25] * 3, "long": [3.0] * 3} and called.count("before") == 8
     assert called.count("short") == 1 + 3 * 4 and called.count("long") == 1 + 3
     called.clear()
     in_turns(calls, repeats=2, warm_up=1, least=1.0)
     assert len(called) == 6, "two rounds are a smoke test: a call each"
+    for whole, rounds in ((1.0, 3), (16.0, 4), (17.0, 5), (1e9, 15)):  # a round takes 1 + 3 seconds
+        assert {len(s) for s in in_turns(calls, repeats=3, least=1.0, whole=whole).values()} == {rounds}
 
 
 def test_what_is_slower_than_the_limit_is_left_out():
@@ -262,6 +264,16 @@ def test_smoke_writes_csv_and_tables(tmp_path, monkeypatch):
         assert float(r["max_error"]) <= (1 / 32 + 1e-5 if r["variant"] == "potstill, 1/16" else 0.13), r
     assert {"precision.csv", "memory.csv", "topk.csv", "cache.csv"} <= {p.name for p in tmp_path.iterdir()}
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]["torch"] == torch.__version__
+
+
+def test_a_benchmark_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
+    def cut(**arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "models", cut)
+    done = CliRunner().invoke(bench, ["all", "--smoke", "--out", str(tmp_path)])
+    assert done.exit_code == 1, done.output
+    assert json.loads((tmp_path / "bench.json").read_text())["losses"]
 
 
 def test_shapes_can_be_shrunk():

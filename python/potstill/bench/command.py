@@ -25,17 +25,20 @@ WHAT = ["losses", "models", "threads", "divergences", "precision", "memory", "to
               help="Only the loss shapes of this dtype; may be given twice.")  # fmt: skip
 @click.option("--limit", type=float, default=30.0, show_default=True,
               help="Seconds: a variant one call of which takes longer is left out.")  # fmt: skip
-@click.option("--repeats", type=int, default=None, help="Rounds, instead of 5 (top-k: 7).")
+@click.option("--repeats", type=int, default=None, help="Rounds, instead of 5 (top-k and the cache: 7).")
 @click.option("--write-docs", is_flag=True, help="Put the tables into docs/performance.md and README.md.")
 def bench(what: str, out: Path, write_docs: bool, **options: Any) -> None:
     """Measure losses, top-k, the cache and alignment beside their rivals, interleaved, after a check of the results.
 
     Liger-Kernel and TRL are measured where they are installed (pip install "potstill[rivals]"). Sections that are not
-    run keep their figures of the last run into --out.
+    run keep their figures of the last run into --out; bench.json there is written after every section.
     """
     from potstill.bench import run
 
-    results = run.with_earlier(run.run(what, run.Plan(**options), click.echo), out)
+    def keep(found: dict[str, Any]) -> None:
+        run.keep(run.with_earlier(found, out), out)
+
+    results = run.with_earlier(run.run(what, run.Plan(**options), click.echo, keep), out)
     run.save(results, out)
     click.echo(run.tables(results))
     if write_docs:

@@ -133,7 +133,7 @@ def rows(shape: Shape, *, repeats: int, compiled: bool, limit: float, peaks: boo
         note(f"{case}: {name} not timed: about {guess:,.0f} s a call, from a few rows of it")
     dropped = wrong.keys() | left_out.keys()
     calls = {name: f for name, f in variants(compiled, **asdict(shape)).items() if name not in dropped}
-    seconds = in_turns(calls, repeats, limit=limit)
+    seconds = in_turns(calls, repeats, limit=limit, whole=30.0)
     for name in calls.keys() - seconds.keys():
         note(f"{case}: {name} not timed: one call takes more than {limit:.0f} s")
     del calls

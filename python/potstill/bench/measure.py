@@ -33,18 +33,27 @@ def in_turns(
     warm_up: int = 1,
     limit: float = float("inf"),
     least: float = 0.05,
+    whole: float = 5.0,
     before: Variant = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each variant, once a round; every round gives each its turn, the order reversed from round to round.
 
+    `repeats` rounds, and more, up to five times as many, until they have lasted `whole` seconds: what is short is
+    disturbed most and gets the most turns.
+
     A turn repeats the call until `least` seconds have passed and counts the mean: what a call finds in the processor's
     caches is then its own and not what the variant before it left. With fewer than three rounds, which are no figures,
-    it is one call. A variant whose last warm-up call took more than `limit` seconds is left out. A turn begins with a
-    call of `before`, outside its time.
+    it is one call, and there are no more rounds. A variant whose last warm-up call took more than `limit` seconds is
+    left out. A turn begins with a call of `before`, outside its time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    least = least if repeats >= 3 else 0.0
-    for round_ in range(warm_up + repeats):
+    least, whole = (least, whole) if repeats >= 3 else (0.0, 0.0)
+    begun = 0.0
+    for round_ in range(warm_up + 5 * repeats):
+        if round_ == warm_up:
+            begun = time.perf_counter()
+        if round_ >= warm_up + repeats and time.perf_counter() - begun >= whole:
+            break
         names = list(seconds)
         for name in names if round_ % 2 else names[::-1]:
             before()

@@ -19,6 +19,7 @@ from potstill.bench.summary import summary
 from potstill.bench.tables import fidelity_tables, made_on, tables
 
 Row = dict[str, Any]
+Note = Callable[[str], Any]
 SECTIONS = (
     "losses",
     "models",
@@ -59,8 +60,11 @@ class Plan:
         return [replace(s, rows=self.rows or s.rows, vocab=self.vocab or s.vocab) for s in kept]
 
 
-def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
-    """{"machine": ..., section: [row]}; a section that was not asked for is empty."""
+def run(what: str, plan: Plan, note: Note, after: Callable[[Row], Any] = lambda found: None) -> Row:
+    """{"machine": ..., section: [row]}; a section that was not asked for is empty.
+
+    after(what was found so far) is called after every section: a benchmark cut short leaves its figures.
+    """
     found: Row = {"machine": {**machine(), "rivals": rivals.versions()}, **{name: [] for name in SECTIONS}}
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads or before)
@@ -70,19 +74,24 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
             found["losses"] += losses.rows(
                 shape, repeats=plan.times(5), compiled=not plan.smoke, limit=plan.limit, peaks=not plan.smoke, note=note
             )
+        after(found)
     if what in ("models", "all"):
         found["models"] = sweeps.models(smoke=plan.smoke, repeats=plan.times(5), limit=plan.limit, note=note)
+        after(found)
     if what in ("threads", "all"):
         found["threads"] = sweeps.threads(smoke=plan.smoke, repeats=plan.times(5), limit=plan.limit, note=note)
         found["ceilings"] = sweeps.ceilings(smoke=plan.smoke, repeats=plan.times(5))
+        after(found)
     if what in ("divergences", "all"):
         for shape in plan.shapes():
             if shape.dtype == "float32":
                 note(f"divergences: {losses.title(shape)}")
                 found["divergences"] += objectives.divergence_rows(shape, repeats=plan.times(5))
+        after(found)
     if what in ("precision", "all"):
         note("precision: bf16 near convergence")
         found["precision"] = objectives.precision_rows(**(dict(vocab=2_000, rows=16) if plan.smoke else {}))
+        after(found)
     if what in ("memory", "all"):
         for shape in plan.shapes():
             if shape.dtype == "float32":
@@ -90,24 +99,29 @@ def run(what: str, plan: Plan, note: Callable[[str], Any]) -> Row:
                 narrow = replace(shape, hidden=64, teacher_hidden=64 if shape.teacher_hidden else 0)
                 lengths = (shape.rows,) if plan.smoke else (512, 2048)
                 found["memory"] += objectives.memory_rows(narrow, lengths, compiled=not plan.smoke, note=note)
+        after(found)
     if what in ("fidelity", "all"):
         reason = fidelity.missing()
         note(f"fidelity: skipped, {reason}" if reason else "fidelity: SmolLM2 on held-out text")
         found["fidelity"] = [] if reason else fidelity.figures(smoke=plan.smoke)
+        after(found)
     if what in ("topk", "all"):
         torch.set_num_threads(1)
         note("topk")
         found["topk"] = topk.figures(smoke=plan.smoke, repeats=plan.times(7))
         found["cost"] = topk.cost(smoke=plan.smoke, repeats=plan.times(7))
+        after(found)
     if what in ("xtok", "all"):
         torch.set_num_threads(1)
         note("xtok")
         found["xtok"] = xtok.figures(smoke=plan.smoke, repeats=plan.times(5), note=note)
+        after(found)
     torch.set_num_threads(before)
     if what in ("cache", "all"):
         for path in cache_rows.sources(plan.teacher_rows, plan.smoke, note):
             note(f"cache: {path}")
             found["cache"] += cache.figures(cache_rows.load(path), repeats=plan.times(7), note=note)
+        after(found)
     return found
 
 
@@ -126,10 +140,15 @@ def with_earlier(found: Row, out: Path) -> Row:
     return {**merged, "losses": sorted(before + found["losses"], key=lambda row: row["dtype"], reverse=True)}
 
 
-def save(found: Row, out: Path) -> None:
-    """bench.json, a CSV for each section, records.csv of all of them in long form, and plots."""
+def keep(found: Row, out: Path) -> None:
+    """bench.json alone, which a later run takes the other sections from."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(found, indent=1))
+
+
+def save(found: Row, out: Path) -> None:
+    """bench.json, a CSV for each section, records.csv of all of them in long form, and plots."""
+    keep(found, out)
     for name in SECTIONS:
         write_csv(out / f"{name}.csv", found[name])
     write_csv(out / "records.csv", records.records(found))
