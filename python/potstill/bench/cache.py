@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ import numpy as np
 from potstill import cache
 from potstill.bench import cache_rivals
 from potstill.bench.cache_rows import Rows
-from potstill.bench.measure import Variant, in_turns, spread
+from potstill.bench.measure import Variant, in_turns, one_core, spread
 from potstill.cache.buffers import Buffers
 from potstill.cache.statistics import row_kl
 
@@ -53,18 +53,19 @@ def write(
     given: SimpleNamespace,
     values: str,
     shard: int = START[1],
-    first: int = 0,
-    step: int = 1,
+    left: Iterable[tuple[int, slice]] | None = None,
 ) -> None:
-    """Every step-th sequence from `first` on, in shards of so many bytes. Several threads may share the folder."""
+    """All sequences, or those `left` that no other thread takes, in shards of so many bytes."""
     with cache.Writer(folder, spec_of(rows, values), shard_bytes=shard) as writer:
-        for i, part in list(enumerate(rows.parts()))[first::step]:
+        for i, part in left or enumerate(rows.parts()):
             writer.add(f"{i}", rows.tokens[part], cut(given, part))
 
 
 def write_in_two_threads(folder: Path, rows: Rows, given: SimpleNamespace, values: str, shard: int) -> None:
+    """A writer each into one folder; each takes the next sequence that is left."""
     cache.Writer(folder, spec_of(rows, values)).close()
-    threads = [threading.Thread(target=write, args=(folder, rows, given, values, shard, i, 2)) for i in (0, 1)]
+    left = iter(list(enumerate(rows.parts())))
+    threads = [threading.Thread(target=write, args=(folder, rows, given, values, shard, left)) for _ in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -126,7 +127,9 @@ def size(folder: Path) -> int:
 
 
 def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds to write the rows over and over, durably: of `names`, and of two threads with the first of VALUES."""
+    """Seconds to write the rows over and over, durably: by `names`, each on one core, and with the first of VALUES by
+    two threads on all cores.
+    """
     n, shard = amount
     many = rows.repeated(min(n, 200 * len(rows.tokens)))
     count = iter(range(10**9))
@@ -141,13 +144,18 @@ def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, r
         return path
 
     def ours(values: str, given: SimpleNamespace) -> Variant:
-        return lambda: write(fresh(), many, given, values, shard)
+        def save() -> None:
+            with one_core():
+                write(fresh(), many, given, values, shard)
+
+        return save
 
     def rival(store: cache_rivals.Store) -> Variant:
         def save() -> None:
             folder = fresh()
-            store.write(folder, many)
-            cache_rivals.durable(folder)
+            with one_core():
+                store.write(folder, many)
+                cache_rivals.durable(folder)
 
         return save
 
@@ -198,7 +206,7 @@ def figures(rows: Rows, *, repeats: int, note: Callable[[str], Any]) -> list[Row
         seconds["write"] = writing(rows, START, list(facts), root / "start", repeats)
         first, table = f"potstill, {VALUES[0]}", []
         quick = [name for name in facts if name == first or median(seconds["write"][name]) * LONG[0] <= SLOW]
-        seconds["long"] = writing(rows, LONG, quick, root / "long", min(repeats, 3))
+        seconds["long"] = writing(rows, LONG, quick, root / "long", min(repeats, 5))
     for name, fact in facts.items():
         row: Row = {"case": rows.title, "variant": name, "tokens": n, **fact}
         for what, taken in seconds.items():

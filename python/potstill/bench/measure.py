@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,6 +66,20 @@ def in_turns(
             elif round_ == warm_up - 1 and taken > limit:
                 del seconds[name]
     return seconds
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Keeps the calling thread, and those that it starts, on one core where the system can; other threads roam."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def timing(seconds: list[float]) -> dict[str, float]:

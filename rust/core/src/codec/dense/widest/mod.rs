@@ -1,4 +1,4 @@
-//! The loops over rows compiled a second time for processors with AVX2 and BMI2. The only module with `unsafe`.
+//! The loops over rows compiled a second time for processors with AVX2 and BMI2. One of the modules with `unsafe`.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
