@@ -50,6 +50,12 @@ def read(x: torch.Tensor) -> Variant:
     return lambda: words.sum()
 
 
+def from_memory(calls: dict[str, Variant], repeats: int) -> dict[str, list[float]]:
+    """A turn is one call, on rows that no cache holds: a read that repeats finds them there and is no floor."""
+    other = torch.zeros(1 << 23, dtype=torch.int64)  # 64 MiB
+    return in_turns(calls, repeats, least=0.0, before=other.sum)
+
+
 def _torch_lse(x: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(x.float(), -1)
 
@@ -79,7 +85,7 @@ def figures(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
         if kind != "gaussian":
             calls["gaussian"] = partial(topk, plain, k)
         about = dict(kernel="topk", rows=n, vocab=VOCAB, k=k, dtype=str(dtype)[6:], kind=kind)
-        found += _figures(f"{str(dtype)[6:]}, k={k}, V={VOCAB:,}, {kind}", in_turns(calls, repeats), about)
+        found += _figures(f"{str(dtype)[6:]}, k={k}, V={VOCAB:,}, {kind}", from_memory(calls, repeats), about)
     for dtype in (torch.float32, torch.bfloat16):
         x = rows("gaussian", n, VOCAB, dtype)
         calls = {
@@ -88,7 +94,7 @@ def figures(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
             "read": read(x),
         }
         about = dict(kernel="log_sum_exp", rows=n, vocab=VOCAB, dtype=str(dtype)[6:], kind="gaussian")
-        found += _figures(f"{str(dtype)[6:]}, V={VOCAB:,}, log-sum-exp alone", in_turns(calls, repeats), about)
+        found += _figures(f"{str(dtype)[6:]}, V={VOCAB:,}, log-sum-exp alone", from_memory(calls, repeats), about)
     return found + linear_figures(8 if smoke else 128, repeats)
 
 
@@ -102,7 +108,7 @@ def cost(*, smoke: bool, repeats: int) -> list[dict[str, Any]]:
         x = rows("gaussian", n, vocab, torch.float32)
         check(x[:4], k)
         about = dict(kernel="topk", x=x_axis, rows=n, vocab=vocab, k=k, dtype="float32", kind="gaussian")
-        found += _figures(f"float32, k={k}, V={vocab:,}", in_turns(variants(x, k, False), repeats), about)
+        found += _figures(f"float32, k={k}, V={vocab:,}", from_memory(variants(x, k, False), repeats), about)
     return found
 
 
