@@ -295,6 +295,13 @@ def test_docs_are_written_between_the_marks(tmp_path):
     run.write_docs({"machine": machine, "losses": [], "xtok": [row]}, tmp_path)
     assert (tmp_path / "README.md").read_text() == text
     assert "kept too" in performance.read_text() and "| c | v | 3 s | 10% |" in performance.read_text()
+    which = tmp_path / "docs" / "which-k.md"
+    which.write_text(f"{run.FIDELITY_MARK[0]}\n{run.FIDELITY_MARK[1]}\n")
+    kept = {"case": "k and tail", "variant": "drop", "k": 8, "gradient_error": 0.3, "mass_outside": 0.2}
+    kept |= {"mass_outside_p90": 0.5, "rows": 9, "vocab": 9, "kl": 0.1}
+    given = {"case": "ceilings", "threads": 2, "flops_per_second": 1e9, "bytes_per_second": 1e9}
+    run.write_docs({"machine": machine, "ceilings": [given], "fidelity": [kept]}, tmp_path)
+    assert "mass outside" in which.read_text() and "mass outside" not in performance.read_text(), "one file says it"
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="README"):
         run.write_docs({"machine": machine, "losses": [], "topk": [], "cache": []}, tmp_path)

@@ -171,7 +171,7 @@ def write_docs(found: Row, root: Path) -> None:
     alone = any(found.get(name) for name in apart)
     if not alone or any(value for name, value in found.items() if name not in (*apart, "machine")):
         between(root / "README.md", MARK, f"{summary(found)}\n\n{made_on(found)}")
-        between(docs / "performance.md", MARK, tables({**found, "xtok": []}))
+        between(docs / "performance.md", MARK, tables({**found, **{name: [] for name in apart}}))
     if found.get("xtok"):
         between(docs / "performance.md", XTOK_MARK, tables({"machine": found["machine"], "xtok": found["xtok"]}))
     if found.get("fidelity"):
