@@ -273,7 +273,13 @@ def test_a_benchmark_cut_short_leaves_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "models", cut)
     done = CliRunner().invoke(bench, ["all", "--smoke", "--out", str(tmp_path)])
     assert done.exit_code == 1, done.output
-    assert json.loads((tmp_path / "bench.json").read_text())["losses"]
+    kept = (tmp_path / "bench.json").read_text()
+    assert json.loads(kept)["losses"]
+    tables = CliRunner().invoke(bench, ["none", "--out", str(tmp_path)])
+    assert "potstill" in tables.output and (tmp_path / "losses.csv").is_file(), tables.output
+    assert (tmp_path / "bench.json").read_text() == kept
+    absent = CliRunner().invoke(bench, ["none", "--out", str(tmp_path / "absent")])
+    assert absent.exit_code == 1 and "measures and writes one" in absent.output
 
 
 def test_shapes_can_be_shrunk():

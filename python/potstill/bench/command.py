@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 WHAT = ["losses", "models", "threads", "divergences", "precision", "memory", "topk", "cache", "xtok", "fidelity", "all"]
+NOTHING = "none"
 
 
 @click.command()
-@click.argument("what", type=click.Choice(WHAT), default="all")
+@click.argument("what", type=click.Choice([*WHAT, NOTHING]), default="all")
 @click.option("--smoke", is_flag=True, help="Small shapes, two rounds: a check that everything runs, not figures.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/bench"), show_default=True,
               help="Folder for CSV and JSON.")  # fmt: skip
@@ -31,14 +33,22 @@ def bench(what: str, out: Path, write_docs: bool, **options: Any) -> None:
     """Measure losses, top-k, the cache and alignment beside their rivals, interleaved, after a check of the results.
 
     Liger-Kernel and TRL are measured where they are installed (pip install "potstill[rivals]"). Sections that are not
-    run keep their figures of the last run into --out; bench.json there is written after every section.
+    run keep their figures of the last run into --out; bench.json there is written after every section;
+    "none" measures nothing and makes tables and plots of that file.
     """
     from potstill.bench import run
 
     def keep(found: dict[str, Any]) -> None:
         run.keep(run.with_earlier(found, out), out)
 
-    results = run.with_earlier(run.run(what, run.Plan(**options), click.echo, keep), out)
+    if what == NOTHING:
+        if not (out / "bench.json").is_file():
+            raise click.ClickException(
+                f"{out} holds no bench.json; `potstill bench --out {out}` measures and writes one"
+            )
+        results = json.loads((out / "bench.json").read_text())
+    else:
+        results = run.with_earlier(run.run(what, run.Plan(**options), click.echo, keep), out)
     run.save(results, out)
     click.echo(run.tables(results))
     if write_docs:

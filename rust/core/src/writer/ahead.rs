@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// Bytes between two of them.
+/// Bytes that are sent at a time, at least.
 const BYTES: u64 = 1 << 20;
 
 #[derive(Default)]
