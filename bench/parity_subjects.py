@@ -72,6 +72,10 @@ class Subject:
         """beta 0: forward KL, 1: reverse KL, between: JSD with m = beta * teacher + (1 - beta) * student."""
         raise NotImplementedError
 
+    def precisely(self) -> Subject:
+        """The same, with matrix products as exact as it offers them."""
+        return self
+
     def topk_loss(self, zs: Tensor, zt: Tensor, k: int) -> Tensor:
         """Mean forward KL over k entries and one for the rest, the k entries the same on both sides."""
         raise NotOffered("no top-k loss")
@@ -79,6 +83,7 @@ class Subject:
 
 class Potstill(Subject):
     name, package = "potstill", "potstill"
+    precise = False
 
     @property
     def version(self) -> str:
@@ -95,8 +100,13 @@ class Potstill(Subject):
         ]
         return ps.linear_distill_loss(
             s.hidden, heads[0], ps.HiddenTeacher(t.hidden, heads[1]), labels, divergence=kind, temperature=temperature,
-            num_items=num_items, chunk_rows=chunk,
+            num_items=num_items, chunk_rows=chunk, precise=self.precise,
         )  # fmt: skip
+
+    def precisely(self):
+        exact = type(self)()
+        exact.precise = True
+        return exact
 
     def topk_loss(self, zs, zt, k):
         import potstill as ps

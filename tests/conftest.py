@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from potstill import gemm
 
 torch.set_num_threads(1)  # the tests run several processes side by side
 
@@ -72,6 +73,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture(params=["widened", "native"])
+def bf16_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which CPUs multiply 16-bit matrices, whichever this one is."""
+    monkeypatch.setattr(gemm, "cpu_has_native", lambda dtype: request.param == "native")
+    return request.param
 
 
 @pytest.fixture

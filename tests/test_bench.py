@@ -332,7 +332,7 @@ def test_the_readme_lists_every_rival_the_best_first():
         "| cache, rows: bytes a token | 100 | x 300; y 400 |",
         "| its tokens/s decoded | 2.00 M | y 4.00 M; x 1.00 M |",
         "| at random, us for 1,000 tokens | 1,000 | x 1,000; y 1,000 |",
-        "| its tokens/s of a million written, synced | 1.00 M |  |",
+        "| its tokens/s of two million written, synced | 1.00 M |  |",
     ]
 
 

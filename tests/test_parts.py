@@ -150,7 +150,7 @@ def test_narrow_inputs_are_no_worse_than_the_default_path(form, dtype, monkeypat
         no_worse(a, b, t, 4e-6)
 
 
-def test_a_weights_gradient_is_summed_in_fp32_over_chunks():
+def test_a_weights_gradient_is_summed_in_fp32_over_chunks(bf16_products):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(512, 32, generator=g).bfloat16(), torch.randn(90, 32, generator=g).bfloat16()
     teacher = PartTeacher(logits=torch.randn(512, 90, generator=g) * 3)
@@ -160,8 +160,12 @@ def test_a_weights_gradient_is_summed_in_fp32_over_chunks():
         args = (hidden, weight, None, teacher, coef, None)
         _, stats, entries = parts.linear_parts(*args, spec, shard, rows, False, "auto")
         grads[rows] = parts.linear_parts_backward(*args, stats, entries, spec, shard, WANT, rows, False, "auto")[1]
+    apart = ((grads[1] - grads[512]).float().norm() / grads[512].float().norm()).item()
+    if bf16_products == "native":  # each chunk's product is rounded, once; a sum in bf16 would be 1e-2 apart
+        assert apart < 3e-3
+        return
     torch.testing.assert_close(grads[1], grads[512], rtol=1e-2, atol=1e-6)
-    assert ((grads[1] - grads[512]).float().norm() / grads[512].float().norm()).item() < 1e-3
+    assert apart < 1e-3
 
 
 # ---- the public loss

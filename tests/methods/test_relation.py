@@ -218,8 +218,17 @@ def test_span_products_and_self_relations_in_pieces(largest):
 
 
 @pytest.mark.parametrize("loss", ["relation_kl", "span_products", "attention_mse", "attention_kl"])
-def test_bf16_is_no_worse_than_plain_torch(loss, no_worse, either_form):
-    g = torch.Generator().manual_seed(8)
+def test_bf16_is_no_worse_than_plain_torch(loss, no_worse, either_form, bf16_products):
+    """Over eight draws: the rounding of a single one may happen to cost plain torch nothing."""
+    drawn = [of_bf16(loss, seed) for seed in range(8)]
+    no_worse(*(torch.stack([value for value, _ in same]) for same in zip(*drawn, strict=True)))
+    for (_, grad), (_, rounded_grad), (_, true_grad) in drawn:
+        no_worse(grad, rounded_grad, true_grad, floor=2.0**-8)
+
+
+def of_bf16(loss, seed):
+    """(value, gradient) of ours in bf16, of plain torch in bf16 and in fp64."""
+    g = torch.Generator().manual_seed(seed)
     s, w, ts, tw = (
         torch.randn(*shape, generator=g).bfloat16() for shape in ((1, 24, 16), (40, 16), (1, 24, 8), (40, 8))
     )
@@ -250,6 +259,4 @@ def test_bf16_is_no_worse_than_plain_torch(loss, no_worse, either_form):
         value = f(*leaves)
         moves = leaves[4] if loss.startswith("attention") else leaves[0]
         found.append((value.detach(), torch.autograd.grad(value, moves)[0]))
-    (got, grad), (rounded, rounded_grad), (truth, true_grad) = found
-    no_worse(got, rounded, truth)
-    no_worse(grad, rounded_grad, true_grad, floor=2.0**-8)
+    return found

@@ -27,8 +27,8 @@ Row = dict[str, Any]
 VALUES = ("1/16", "1/32", "bf16_logits")
 # rows written, the given ones over and over, and bytes of a shard: several fsyncs in a write
 START = (40_000, 1 << 22)  # much of which is learning tables
-LONG = (1_000_000, 1 << 24)
-SLOW = 6.0  # seconds: a store that would take longer writes no long run
+LONG = (2_000_000, 1 << 24)
+SLOW = 12.0  # seconds: a store that would take longer writes no long run
 
 
 def spec_of(rows: Rows, values: str) -> cache.Spec:
@@ -128,10 +128,10 @@ def size(folder: Path) -> int:
 
 def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds to write the rows over and over, durably: by `names`, each on one core, and with the first of VALUES by
-    two threads on all cores.
+    two threads on all cores, in the turn beside that of one.
     """
     n, shard = amount
-    many = rows.repeated(min(n, 200 * len(rows.tokens)))
+    many = rows.repeated(min(n, 400 * len(rows.tokens)))
     count = iter(range(10**9))
 
     def clear() -> None:
@@ -159,10 +159,12 @@ def writing(rows: Rows, amount: tuple[int, int], names: list[str], root: Path, r
 
         return save
 
-    variants = {f"potstill, {v}": ours(v, topk(many, v)) for v in VALUES if f"potstill, {v}" in names}
-    variants |= {store.name: rival(store) for store in cache_rivals.STORES if store.name in names}
     given = topk(many, VALUES[0])
-    variants["two threads"] = lambda: write_in_two_threads(fresh(), many, given, VALUES[0], shard)
+    variants: dict[str, Variant] = {
+        "two threads": lambda: write_in_two_threads(fresh(), many, given, VALUES[0], shard),
+        **{f"potstill, {v}": ours(v, topk(many, v)) for v in VALUES if f"potstill, {v}" in names},
+        **{store.name: rival(store) for store in cache_rivals.STORES if store.name in names},
+    }
     seconds = in_turns(variants, repeats, before=clear)
     shutil.rmtree(root)
     return {name: [t / len(many.tokens) for t in taken] for name, taken in seconds.items()}
@@ -214,7 +216,7 @@ def figures(rows: Rows, *, repeats: int, note: Callable[[str], Any]) -> list[Row
             row[f"{what}_tokens_per_second"] = 1 / median(known) if known else None
             row[f"{what}_spread"] = spread(known) if known else None
         for what in ("write", "long"):
-            two = median(seconds[what][first]) / median(seconds[what]["two threads"])
-            row[f"two_threads_{what}"] = two if name == first else None
+            both = zip(seconds[what][first], seconds[what]["two threads"], strict=True)
+            row[f"two_threads_{what}"] = median(one / two for one, two in both) if name == first else None
         table.append(row)
     return table

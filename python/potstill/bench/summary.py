@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         ("cache, {case}: bytes a token", lambda r: r["bytes_per_token"], "{:.0f}".format, False),
         ("its tokens/s decoded", lambda r: r["decode_tokens_per_second"], millions, True),
         ("at random, us for 1,000 tokens", lambda r: 1e9 / r["random_tokens_per_second"], "{:,.0f}".format, False),
-        ("its tokens/s of a million written, synced", lambda r: r.get("long_tokens_per_second"), millions, True),
+        ("its tokens/s of two million written, synced", lambda r: r.get("long_tokens_per_second"), millions, True),
     ),
     "xtok": (("two tokenizers, {case}: M tokens/s a side", lambda r: r["value"], "{:.3g}".format, True),),
 }

@@ -85,7 +85,7 @@ def times(value: float | None) -> str:
 def cache(rows: list[Row]) -> str:
     head = ["cache, one thread (spread)", "variant", "bytes a token", "mean KL", "largest error", "tokens/s decoded",
             "at random, us for 1,000 tokens", "tokens/s of 40,000 written, synced", "two threads",
-            "of a million written, synced", "two threads"]  # fmt: skip
+            "of two million written, synced", "two threads"]  # fmt: skip
     return table(head, [
         [r["case"], r["variant"], f"{r['bytes_per_token']:.1f}", f"{r['mean_kl']:.1e}", f"{r['max_error']:.3f}",
          millions(r, "decode"),
