@@ -301,6 +301,15 @@ def test_docs_are_written_between_the_marks(tmp_path):
     run.write_docs({"machine": machine, "losses": [], "xtok": [row]}, tmp_path)
     assert (tmp_path / "README.md").read_text() == text
     assert "kept too" in performance.read_text() and "| c | v | 3 s | 10% |" in performance.read_text()
+    (tmp_path / "README.md").write_text(f"{text}{run.CACHE_MARK[0]}\n{run.CACHE_MARK[1]}\n")
+    performance.write_text(f"{performance.read_text()}{run.CACHE_MARK[0]}\n{run.CACHE_MARK[1]}\n")
+    stored = {"case": "rows", "variant": "potstill", "bytes_per_token": 99.0, "mean_kl": 0.0, "max_error": 0.0}
+    for what in ("decode", "random", "write", "long"):
+        stored |= {f"{what}_tokens_per_second": 2e6, f"{what}_spread": 0.1}
+    run.write_docs({"machine": {**machine, "cpu": "z"}, "losses": [], "cache": [stored]}, tmp_path)
+    for file in (tmp_path / "README.md", performance):  # figures of another machine stay beside them
+        before, own = file.read_text().split(run.CACHE_MARK[0])
+        assert "Made on z" in own and "99" in own and "Made on x" in before and "Made on z" not in before
     which = tmp_path / "docs" / "which-k.md"
     which.write_text(f"{run.FIDELITY_MARK[0]}\n{run.FIDELITY_MARK[1]}\n")
     kept = {"case": "k and tail", "variant": "drop", "k": 8, "gradient_error": 0.3, "mass_outside": 0.2}

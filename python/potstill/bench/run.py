@@ -35,6 +35,7 @@ SECTIONS = (
     "fidelity",
 )
 MARK = ("<!-- figures: potstill bench --write-docs -->", "<!-- end of figures -->")
+CACHE_MARK = ("<!-- figures: potstill bench cache --write-docs -->", "<!-- end of cache -->")
 XTOK_MARK = ("<!-- figures: potstill bench xtok --write-docs -->", "<!-- end of two tokenizers -->")
 FIDELITY_MARK = ("<!-- fidelity: potstill bench fidelity --write-docs -->", "<!-- end of fidelity -->")
 
@@ -63,7 +64,8 @@ class Plan:
 def run(what: str, plan: Plan, note: Note, after: Callable[[Row], Any] = lambda found: None) -> Row:
     """{"machine": ..., section: [row]}; a section that was not asked for is empty.
 
-    after(what was found so far) is called after every section: a benchmark cut short leaves its figures.
+    after(what was found so far) is called after every section, and every case of the losses: a benchmark cut short leaves
+    its figures.
     """
     found: Row = {"machine": {**machine(), "rivals": rivals.versions()}, **{name: [] for name in SECTIONS}}
     before = torch.get_num_threads()
@@ -74,7 +76,7 @@ def run(what: str, plan: Plan, note: Note, after: Callable[[Row], Any] = lambda 
             found["losses"] += losses.rows(
                 shape, repeats=plan.times(5), compiled=not plan.smoke, limit=plan.limit, peaks=not plan.smoke, note=note
             )
-        after(found)
+            after(found)
     if what in ("models", "all"):
         found["models"] = sweeps.models(smoke=plan.smoke, repeats=plan.times(5), limit=plan.limit, note=note)
         after(found)
@@ -167,13 +169,17 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 def write_docs(found: Row, root: Path) -> None:
     """Write the tables between the marks of the docs, the short ones into README.md, and draw docs/plots."""
     docs = root / "docs"
-    apart = ("xtok", "fidelity")  # have marks of their own: a run of these alone leaves the other figures
+    readme, performance, machine = root / "README.md", docs / "performance.md", found["machine"]
+    apart = ("cache", "xtok", "fidelity")  # have marks of their own: a run of these alone leaves the other figures
     alone = any(found.get(name) for name in apart)
     if not alone or any(value for name, value in found.items() if name not in (*apart, "machine")):
-        between(root / "README.md", MARK, f"{summary(found)}\n\n{made_on(found)}")
-        between(docs / "performance.md", MARK, tables({**found, **{name: [] for name in apart}}))
-    if found.get("xtok"):
-        between(docs / "performance.md", XTOK_MARK, tables({"machine": found["machine"], "xtok": found["xtok"]}))
+        between(readme, MARK, f"{summary({**found, 'cache': []})}\n\n{made_on(found)}")
+        between(performance, MARK, tables({**found, **{name: [] for name in apart}}))
+    for name, marks in {"cache": CACHE_MARK, "xtok": XTOK_MARK}.items():
+        if found.get(name):
+            between(performance, marks, tables({"machine": machine, name: found[name]}))
+    if found.get("cache"):
+        between(readme, CACHE_MARK, f"{summary({'cache': found['cache']})}\n\n{made_on(found)}")
     if found.get("fidelity"):
         between(docs / "which-k.md", FIDELITY_MARK, fidelity_tables(found))
     if importlib.util.find_spec("matplotlib") is not None:
