@@ -8,7 +8,7 @@ import potstill as ps
 import pytest
 import torch
 import torch.nn.functional as F
-from potstill import divergences
+from potstill import divergences, gemm
 
 D, DT, V, LEAD = 16, 8, 67, (3, 5)
 
@@ -470,6 +470,29 @@ def test_pitfall_06_the_heads_gradient_is_summed_in_fp32(bf16_products):
             ps.linear_distill_loss(hidden[part], weight, ps.LogitsTeacher(teacher.logits[part]), num_items=512)
         )
     assert error(narrow) > 9e-3
+
+
+def test_a_single_chunk_needs_no_sum_in_fp32(bf16_products, monkeypatch):
+    """The same bits as with one, whole and with rows left out; two chunks are summed."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 32, generator=g).bfloat16(), torch.randn(90, 32, generator=g).bfloat16()
+    weight.requires_grad_()
+    teacher, weights = ps.LogitsTeacher(torch.randn(40, 90, generator=g) * 3), (torch.arange(40) % 3).float()
+    made = []
+    add = gemm.weight_gradient_add
+    monkeypatch.setattr(gemm, "weight_gradient_add", lambda acc, *rest: (made.append(acc.dtype), add(acc, *rest))[1])
+
+    def gradient(rows, token_weights):
+        loss = ps.linear_distill_loss(hidden, weight, teacher, token_weights=token_weights, chunk_rows=rows)
+        return torch.autograd.grad(loss, weight)[0]
+
+    found = [gradient(64, None), gradient(64, weights)]
+    assert set(made) == {torch.bfloat16 if bf16_products == "native" else torch.float32}
+    made.clear()
+    gradient(20, None)
+    assert set(made) == {torch.float32}
+    monkeypatch.setattr(gemm, "is_rounded_once", lambda *given: False)
+    assert torch.equal(found[0], gradient(64, None)) and torch.equal(found[1], gradient(64, weights))
 
 
 def test_autocast_and_mixed_dtypes():

@@ -140,10 +140,13 @@ def linear_rows(
         if want.any and how.grad_dtype != how.logit_dtype:
             grads = torch.empty_like(buffer, dtype=how.grad_dtype)
         d_hidden = torch.zeros_like(hidden) if want.hidden else hidden.new_empty(0)
-        acc_weight = torch.empty(weight.shape if want.weight else 0, dtype=wide, device=hidden.device)
+        cut = list(pieces(task.coef, rows))
+        alone = len(cut) == 1 and gemm.is_rounded_once(how, weight)
+        narrow = weight.dtype if alone else wide
+        acc_weight = torch.empty(weight.shape if want.weight else 0, dtype=narrow, device=hidden.device)
         acc_bias = torch.zeros(len(weight) if want.bias else 0, dtype=wide, device=hidden.device)
         first = True
-        for piece in pieces(task.coef, rows):
+        for piece in cut:
             h = hidden[piece]
             student, grad = buffer[: len(h)], grads[: len(h)] if want.any else None
             gemm.logits_into(student, h, weight, bias, how)

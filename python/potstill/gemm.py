@@ -20,6 +20,7 @@ from torch import Tensor
 TILE = 4096  # vocabulary rows widened or accumulated at a time
 TILE_BYTES = 8 << 20  # of a widened tile: small enough for the cache
 CPU_BUDGET = 160 << 20  # bytes of one chunk buffer
+CPU_ROW_BYTES = 256 * 4  # of one of its columns
 CUDA_BUDGET = 1280 << 20
 
 
@@ -65,7 +66,7 @@ def chunk_rows(device: torch.device, columns: int, dtype: torch.dtype) -> int:
     """Rows of a chunk buffer from a byte budget; never from the hidden size."""
     row_bytes = columns * dtype.itemsize
     if device.type == "cpu":
-        return max(128, min(256, CPU_BUDGET // row_bytes))
+        return max(128, min(CPU_ROW_BYTES // dtype.itemsize, CPU_BUDGET // row_bytes))
     return max(1024, min(4096, CUDA_BUDGET // row_bytes // 128 * 128))
 
 
@@ -103,6 +104,14 @@ def widened_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Ten
         yield v, buffer[: len(part)].copy_(part)
 
 
+def is_rounded_once(how: Plan, weight: Tensor) -> bool:
+    """Whether a single chunk's gradient of the weight leaves its product as a sum in fp32 would be rounded.
+
+    So it is where 16-bit products run natively on a CPU: no fp32 [V, D] is needed.
+    """
+    return weight.device.type == "cpu" and how.grad_dtype == weight.dtype and weight.dtype.itemsize == 2
+
+
 def weight_gradient_add(acc: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
     """acc [V, D] (fp32, or fp64) += grad [R, V].T @ hidden [R, D]; the first call overwrites."""
     if grad.dtype == acc.dtype:
@@ -114,4 +123,7 @@ def weight_gradient_add(acc: Tensor, grad: Tensor, hidden: Tensor, first: bool) 
             part = torch.mm(tile, hidden, out_dtype=acc.dtype)
         else:
             part = tile @ hidden
-        acc[v : v + TILE] = part if first else acc[v : v + TILE] + part
+        if first:
+            acc[v : v + TILE] = part
+        else:
+            acc[v : v + TILE] += part

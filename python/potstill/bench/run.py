@@ -64,8 +64,8 @@ class Plan:
 def run(what: str, plan: Plan, note: Note, after: Callable[[Row], Any] = lambda found: None) -> Row:
     """{"machine": ..., section: [row]}; a section that was not asked for is empty.
 
-    after(what was found so far) is called after every section, and every case of the losses: a benchmark cut short leaves
-    its figures.
+    after(what was found so far) is called after every section and every case of the losses: a benchmark cut short
+    leaves its figures.
     """
     found: Row = {"machine": {**machine(), "rivals": rivals.versions()}, **{name: [] for name in SECTIONS}}
     before = torch.get_num_threads()
