@@ -141,9 +141,9 @@ def linear_rows(
             grads = torch.empty_like(buffer, dtype=how.grad_dtype)
         d_hidden = torch.zeros_like(hidden) if want.hidden else hidden.new_empty(0)
         cut = list(pieces(task.coef, rows))
-        alone = len(cut) == 1 and gemm.is_rounded_once(how, weight)
-        narrow = weight.dtype if alone else wide
-        acc_weight = torch.empty(weight.shape if want.weight else 0, dtype=narrow, device=hidden.device)
+        once = len(cut) == 1 and gemm.is_rounded_once(how, weight)
+        acc_dtype = weight.dtype if once else wide
+        acc_weight = torch.empty(weight.shape if want.weight else 0, dtype=acc_dtype, device=hidden.device)
         acc_bias = torch.zeros(len(weight) if want.bias else 0, dtype=wide, device=hidden.device)
         first = True
         for piece in cut:

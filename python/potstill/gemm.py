@@ -20,7 +20,7 @@ from torch import Tensor
 TILE = 4096  # vocabulary rows widened or accumulated at a time
 TILE_BYTES = 8 << 20  # of a widened tile: small enough for the cache
 CPU_BUDGET = 160 << 20  # bytes of one chunk buffer
-CPU_ROW_BYTES = 256 * 4  # of one of its columns
+CPU_COLUMN_BYTES = 256 * 4  # of one of its columns: 256 rows of fp32, 512 of 16 bits
 CUDA_BUDGET = 1280 << 20
 
 
@@ -66,7 +66,7 @@ def chunk_rows(device: torch.device, columns: int, dtype: torch.dtype) -> int:
     """Rows of a chunk buffer from a byte budget; never from the hidden size."""
     row_bytes = columns * dtype.itemsize
     if device.type == "cpu":
-        return max(128, min(CPU_ROW_BYTES // dtype.itemsize, CPU_BUDGET // row_bytes))
+        return max(128, min(CPU_COLUMN_BYTES // dtype.itemsize, CPU_BUDGET // row_bytes))
     return max(1024, min(4096, CUDA_BUDGET // row_bytes // 128 * 128))
 
 
